@@ -63,7 +63,7 @@ class NotFiniteError(RunError):
 
 
 class RankLost(RunError):
-    """Another process of the same run has ended. It has reported its own error, so only one of those that are left shows this."""
+    """Another process of the same run has ended, and reported its own error; only one of those left shows this."""
 
 
 class Interrupted(_Message, KeyboardInterrupt):

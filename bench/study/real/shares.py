@@ -15,7 +15,7 @@ GROUPS = ("embedding", ONLY_FORGET, "attention", "MLP", "norms")
 
 
 def shares(models: Models, weighing: Weighing) -> Mapping[str, float]:
-    """The share of each group's parameters with w > 1/2. Importances are taken at theta_0, so all seeds have the same."""
+    """The share of each group's parameters with w > 1/2: of importances at theta_0, so the same for all seeds."""
 
     def make(folder: Path) -> None:
         w = weights_by_name(models, weighing)
