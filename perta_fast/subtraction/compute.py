@@ -114,11 +114,10 @@ class Subtraction:
                 raise
 
         with ThreadPoolExecutor(self.threads) as pool:
-            futures = [pool.submit(work) for _ in range(self.threads)]
             try:
-                for future in futures:
+                for future in [pool.submit(work) for _ in range(self.threads)]:
                     future.result()
-            except BaseException:  # an interrupt reaches only this thread
+            except BaseException:  # an interrupt reaches only this thread, perhaps when the others have just begun
                 failed.set()
                 raise
 

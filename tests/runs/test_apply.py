@@ -1,7 +1,9 @@
 """The subtraction over files, end to end, against the formula in plain torch."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from tests.support.checkpoints import (
 from tests.support.children import run_child
 from tests.support.inputs import BF16, EMBED, F16, F32, HEAD, Inputs, weights, write_inputs
 from tests.support.models import Job, write_job
+from tests.support.patience import HUNG
 
 
 @pytest.fixture(autouse=True)
@@ -331,6 +334,36 @@ def test_a_rule_refuses_the_other_estimator(rule: str, estimator: str, tmp_path:
     inputs = write_inputs(tmp_path, estimator=estimator)
     with pytest.raises(InputError, match=f"forget: holds estimator {estimator}, rule {rule} needs"):
         apply(*inputs.all, rule=rule, lam=1.0, out=tmp_path / "out")
+
+
+def test_an_interrupt_while_threads_are_started_stops_them(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, stopping, chunks = Event(), Event(), []
+
+    class Interrupted(ThreadPoolExecutor):
+        def submit(self, *work: Any, **settings: Any) -> Any:
+            super().submit(*work, **settings)
+            assert begun.wait(HUNG)
+            raise KeyboardInterrupt
+
+        def shutdown(self, *how: Any, **settings: Any) -> None:
+            stopping.set()
+            super().shutdown(*how, **settings)
+
+    compute = subtraction._Workspace.compute
+
+    def slow(workspace: Any, chunk: Any) -> Any:
+        chunks.append(chunk)
+        begun.set()
+        assert stopping.wait(HUNG)
+        return compute(workspace, chunk)
+
+    monkeypatch.setattr(subtraction, "ThreadPoolExecutor", Interrupted)
+    monkeypatch.setattr(subtraction._Workspace, "compute", slow)
+    with pytest.raises(KeyboardInterrupt):
+        apply(*inputs.all, rule="grad", lam=1.0, out=tmp_path / "out", threads=1)
+    assert len(chunks) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("threads", [0, -1])
