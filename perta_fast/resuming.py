@@ -58,11 +58,11 @@ def resume(
             raise InputError(f"{directory}: is finished by one process: {finishing}")
     kind = ranks.share(kind)
     if kind == "directory":
-        return finish_resumed(resume_directory(destination, progress, ranks), progress, ranks)
+        return finish_resumed(resume_directory(destination, progress, ranks), destination, progress, ranks)
     if kind == "in place":
-        return finish_resumed(resume_in_place(destination, progress), progress, ranks)
+        return finish_resumed(resume_in_place(destination, progress), destination, progress, ranks)
     if kind == "journal":
-        return finish_resumed(_report_of_journal(destination), progress, ranks)
+        return finish_resumed(_report_of_journal(destination), destination, progress, ranks)
     if kind == "sweep":
         from perta_fast.sweeping.run import resume_sweep
 
@@ -77,7 +77,7 @@ def resume(
         return resume_tuning(destination, progress)
     with ranks.together("the unfinished run"):
         report = finish_leftover(destination) if ranks.first else None
-    return finish_resumed(ranks.share(report), progress, ranks)
+    return finish_resumed(ranks.share(report), destination, progress, ranks)
 
 
 def is_unfinished(directory: Path) -> bool:

@@ -111,10 +111,11 @@ def plan_for(
     reads = _OutsideReads(holders)
     holding = set[nn.Module]().union(*holders.values())
     modules = {module: name for name, module in model.named_modules() if module in holding}
-    first, second = (
-        _probe(run or model, device, probe_inputs(samples, *sizes), modules, reads)
-        for sizes in ((PROBE_SAMPLES, PROBE_TOKENS), _SECOND_PROBE)
-    )
+    with _without_flex_attention(model):
+        first, second = (
+            _probe(run or model, device, probe_inputs(samples, *sizes), modules, reads)
+            for sizes in ((PROBE_SAMPLES, PROBE_TOKENS), _SECOND_PROBE)
+        )
     seen = {module: calls.and_of(second[module]) for module, calls in first.items()}
     read_outside = {names[parameter] for parameter in reads.found}
     fishers: dict[nn.Module, ModuleFisher] = {}
@@ -212,6 +213,20 @@ class _OutsideReads(TorchDispatchMode):
 
     def _is_outside(self, tensor: Tensor) -> bool:
         return tensor in self._holders and self._holders[tensor].isdisjoint(self._running)
+
+
+@contextmanager
+def _without_flex_attention(model: Any) -> Iterator[None]:
+    """With sdpa, which calls the same modules: torch refuses flex_attention while ``_OutsideReads`` watches."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if name != "flex_attention":
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(name)
 
 
 def probe_inputs(

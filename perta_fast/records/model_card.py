@@ -9,6 +9,7 @@ from perta_fast.records.check import Check, CheckedData
 from perta_fast.records.report import FILE_NAME, Report, scope_lines
 
 _UNLEARNED, _MERGED = "## Unlearned with perta_fast", "## Merged with perta_fast"
+_VERDICT = "Measured on rows of the data before and after."
 _RECORD = f"Hashes of all inputs and the change of every tensor are in `{FILE_NAME}`; `perta verify` checks them."
 
 
@@ -49,8 +50,10 @@ def add_verdict(card: Path, target: Path, check: Check) -> None:
     text, line_end = _read(card)
     rows = [CheckedData.HEAD, ["---"] * len(CheckedData.HEAD), *(data.cells(role) for role, data in check.data.items())]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    added = f"Measured on rows of the data before and after. {check.verdict()}\n\n{table}\n"
-    _write(target, f"{text.rstrip()}\n\n{added}", line_end)
+    earlier, heading, section = text.rpartition(_UNLEARNED)
+    section = section.partition(f"\n\n{_VERDICT}")[0]  # a check that was killed at its end has left one there
+    card_now = f"{earlier}{heading}{section.rstrip()}\n\n{_VERDICT} {check.verdict()}\n\n{table}\n"
+    _write(target, card_now, line_end)
 
 
 def _read(path: Path) -> tuple[str, str]:

@@ -160,7 +160,7 @@ class Checking:
 
     def finish(self, report: Report) -> Report:
         """Measure the result, which is complete, and write its report again."""
-        return _finish(report, self.checkpoints, self.rows, self.ranks, self.seconds)
+        return _finish(report, Path(report.output["path"]), self.checkpoints, self.rows, self.ranks, self.seconds)
 
     def _has_seen(self, path: Path) -> bool:
         seen = bool(self.check.data) or not is_same(path, self.checkpoints.model)
@@ -198,8 +198,11 @@ class Checking:
         self.seconds += time.perf_counter() - started
 
 
-def finish_resumed(report: Report, progress: Progress, ranks: Ranks) -> Report:
-    """``Checking.finish`` for a run that ``resume`` has finished: its data is read again."""
+def finish_resumed(report: Report, directory: Path, progress: Progress, ranks: Ranks) -> Report:
+    """``Checking.finish`` for a run that ``resume`` has finished: its data is read again.
+
+    directory: of the result, which may have been renamed since the run began.
+    """
     check = report.check
     if check is None or not check.is_due:
         return report
@@ -223,7 +226,7 @@ def finish_resumed(report: Report, progress: Progress, ranks: Ranks) -> Report:
             progress=progress,
         )
 
-    return _finish(report, checkpoints, read if ranks.first else None, ranks, 0.0)
+    return _finish(report, directory, checkpoints, read if ranks.first else None, ranks, 0.0)
 
 
 def eval_command(out: str | Path, options: Any) -> str:
@@ -246,7 +249,12 @@ def eval_command(out: str | Path, options: Any) -> str:
 
 
 def _finish(
-    report: Report, checkpoints: Checkpoints, rows: "Rows | Callable[[], Rows] | None", ranks: Ranks, seconds: float
+    report: Report,
+    directory: Path,
+    checkpoints: Checkpoints,
+    rows: "Rows | Callable[[], Rows] | None",
+    ranks: Ranks,
+    seconds: float,
 ) -> Report:
     check = report.check
     if check is None or not check.is_due:
@@ -254,7 +262,6 @@ def _finish(
     started = time.perf_counter()
     with ranks.together(PHASE):
         if rows is not None:
-            directory = Path(report.output["path"])
             try:
                 try:
                     _measure_result(check, directory, checkpoints, rows() if callable(rows) else rows)

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from perta_fast.streaming.schedule import Schedule
 
 
+# Why a tensor is copied that has an importance all the same; None: it is not.
+_COVERED = (None, "left alone by choice", "task vector is zero")
+
+
 @dataclass(frozen=True)
 class Opened:
     """Checked options, and the opened checkpoints that they name. rule: at lam 0 until it is chosen."""
@@ -106,7 +110,7 @@ class Opened:
     def importance_sizes(self) -> dict[Path, int]:
         """Bytes of the importances that are written before the subtraction, by the directory that they lie in."""
         options, matches = self.options, self.sources.matches
-        covered = sum(match.theta.count for match in matches if match.copied in (None, "left alone by choice"))
+        covered = sum(match.theta.count for match in matches if match.copied in _COVERED)
         sizes = {}
         if options.makes_temporary:
             sizes[importance_path(self.settings.destination)] = KeptForm().width * covered

@@ -131,7 +131,7 @@ def finish_in_place(begun: Begun, progress: Progress) -> None:
     else:
         left = finish_leftover_in_place(model)
         report = left if isinstance(left, Report) else Report.load(model)
-    finish_resumed(report, progress, Ranks.ALONE)
+    finish_resumed(report, Path(model), progress, Ranks.ALONE)
 
 
 def _is_written(destination: Path, rule: Rule, mu: float | None, settings: dict[str, Any]) -> bool:

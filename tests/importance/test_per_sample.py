@@ -663,6 +663,20 @@ def test_all_rows_of_a_single_sample_are_its_own() -> None:
         assert shape.by_sample(torch.zeros(4, 2, 7), layout)[0].shape == (1, 8, 7)
 
 
+def test_a_model_with_flex_attention_is_probed_as_one_without() -> None:
+    model, samples = llama(), draw_samples(3)
+
+    def kinds() -> list[tuple[str, str]]:
+        targets = {name: Target.unused() for name, _ in model.named_parameters()}
+        plan = plan_for(model, samples, targets)
+        assert not plan.one_by_one
+        return [(fisher.name, type(fisher).__name__) for fisher in plan.modules]
+
+    expected = kinds()
+    model.set_attn_implementation("flex_attention")
+    assert kinds() == expected and model.config._attn_implementation == "flex_attention"
+
+
 def test_rules_are_the_expected_ones() -> None:
     model = llama()
     targets = {name: Target(torch.zeros_like(each), None) for name, each in model.named_parameters()}

@@ -139,6 +139,18 @@ def test_the_verdict_comes_with_its_numbers(tmp_path: Path) -> None:
     )
 
 
+def test_a_verdict_that_is_added_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    """A check may be killed when the card has it and the report does not. A verdict of an earlier run stays."""
+    check = Check.begun("perta verify x")
+    check.data = dict.fromkeys(("forget", "retain"), CheckedData(3, 3, 3, Measured(0.1, 3), Measured(2.0, 0)))
+    card = tmp_path / "README.md"
+    for runs in (1, 2):
+        write_model_card(tmp_path, report())
+        for _ in range(2):
+            add_verdict(card, card, check)
+            assert card.read_text().count("Measured on rows") == card.read_text().count(check.verdict()) == runs
+
+
 def test_a_card_whose_lines_end_in_crlf(tmp_path: Path) -> None:
     """It gets the same, and all lines end alike; the hub's own library reads both."""
     write(tmp_path, FIELDS, report())

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +422,23 @@ def test_a_run_in_place_that_was_killed_in_its_check_is_not_done_twice(
     assert isinstance(report, Report) and checked(report).is_whole
     assert not (job.model / ".perta-journal").exists()
     assert not verify(job.model, progress=False).problems
+
+
+def test_a_model_that_was_renamed_after_its_check_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies under the old name now is another model."""
+    job = write_job(tmp_path)
+    backup = Path(shutil.copytree(job.model, tmp_path / "backup"))
+    with monkeypatch.context() as patched:
+        patched.setattr(checking, "_measure_result", interrupt)
+        with pytest.raises(Interrupted):
+            run(job, in_place=True)
+    renamed = job.model.rename(tmp_path / "unlearned")
+    backup.rename(job.model)
+    before = fingerprint(job.model)
+    report = resume(renamed, progress=False)
+    assert isinstance(report, Report) and checked(report).is_whole
+    assert fingerprint(job.model) == before
+    assert checked(Report.load(renamed)).is_whole and not (renamed / ".perta-journal").exists()
 
 
 def test_a_run_in_place_that_was_interrupted_in_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,26 @@ def test_the_disk_must_hold_all_that_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_importances_cover_what_an_adapter_leaves_alone(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "adapter"
+    pf.tune(job.base, job.forget, adapter, rank=2, epochs=1, progress=False)
+    settings, result, _, kept = sizes(job, "pair", tmp_path)
+
+    def start() -> None:
+        pf.unlearn(
+            *(job.model, job.base, adapter, job.forget, job.retain), progress=False, out=tmp_path / "out", **settings
+        )
+
+    with_free(result + kept + 4096, monkeypatch)
+    with pytest.raises(Begun):
+        start()
+    with_free(result + kept - 4096, monkeypatch)
+    with pytest.raises(RunError, match=r"of disk space, .*; nothing was written"):
+        start()
+
+
 @pytest.mark.parametrize("way", ["pair", "ratio", "preconditioned and kept"])
 def test_what_is_kept_may_lie_on_another_disk(
     way: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
