@@ -83,14 +83,12 @@ class Section:
     @property
     def beside(self) -> list[Path]:
         """The directories that it makes as a whole beside the result."""
-        paths = [path for key in _BESIDE for path in self._paths(key)]
-        return paths + ([record_beside(self.result)] if self.chooses else [])
+        return [path for key in _BESIDE for path in self._paths(key)] + self._record
 
     def made(self) -> list[Path]:
         """Everything that it writes."""
         keys = [key for key, option in options_of(self.command).items() if option.makes]
-        record = [record_beside(self.result)] if self.chooses else []
-        return [path for key in keys for path in self._paths(key)] + record + self.changed
+        return [path for key in keys for path in self._paths(key)] + self._record + self.changed
 
     def read(self) -> Iterator[tuple[str, Path]]:
         """Every file and directory that it reads, with the key. Names of the hub are not among them."""
@@ -102,6 +100,11 @@ class Section:
         """Whether what it reads there are rows of data."""
         is_data = key in _DATA or (key, self.command) == ("data", tune.COMMAND)
         return is_data and self.command is not report.COMMAND
+
+    @property
+    def _record(self) -> list[Path]:
+        """The record of the sweep that comes first."""
+        return [record_beside(self.result)] if self.chooses else []
 
     def _paths(self, key: str, option: Option | None = None) -> list[Path]:
         setting = self.settings.get(key)

@@ -93,6 +93,13 @@ def change(home: Path, before: str, after: str) -> Path:
     return path
 
 
+def stop_at(call: str, monkeypatch: pytest.MonkeyPatch, path: Path, *more: str) -> None:
+    """Run the recipe ``path`` until ``call`` is made, which is interrupted."""
+    with monkeypatch.context() as patched:
+        patched.setattr(call, stop)
+        assert run("recipe", "run", path, *more) == 130
+
+
 def ways(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """What the lines of progress say of each section."""
     lines = re.findall(r"^step \d of \d, ([\w ]+): \S+ (.+)$", capsys.readouterr().out, re.MULTILINE)
@@ -169,9 +176,7 @@ def test_a_stopped_job_goes_on(
     name: str, home: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call, how = STOPS[name]
-    with monkeypatch.context() as patched:
-        patched.setattr(call, stop)
-        assert run("recipe", "run", home / "run.yaml") == 130
+    stop_at(call, monkeypatch, home / "run.yaml")
     capsys.readouterr()
     assert run("recipe", "run", home / "run.yaml") == 0
     said = ways(capsys)
@@ -188,9 +193,7 @@ def test_a_stopped_job_goes_on(
 def test_a_section_that_ended_just_before_a_kill_is_done(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr("perta_fast.cli.recipe_run.state_of_result", stop)
-        assert run("recipe", "run", home / "run.yaml") == 130
+    stop_at("perta_fast.cli.recipe_run.state_of_result", monkeypatch, home / "run.yaml")
     before = fingerprint(home / "settings")
     capsys.readouterr()
     assert run("recipe", "run", home / "run.yaml") == 0
@@ -262,9 +265,7 @@ def test_replacing_that_was_stopped_goes_on_without_being_asked_again(
     done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     another_setting(done)
-    with monkeypatch.context() as patched:
-        patched.setattr("perta_fast.runs.unlearn._run", stop)
-        assert run("recipe", "run", done / "run.yaml", "--overwrite") == 130
+    stop_at("perta_fast.runs.unlearn._run", monkeypatch, done / "run.yaml", "--overwrite")
     capsys.readouterr()
     assert run("recipe", "run", done / "run.yaml", "--overwrite") == 0
     assert ways(capsys) == {"sweep": "is done already"} | dict.fromkeys(("unlearn", "eval", "report"), "is made again")
@@ -347,9 +348,7 @@ def test_a_model_half_changed_by_other_settings_is_finished_first(
 ) -> None:
     path = home / "run.yaml"
     path.write_text(IN_PLACE)
-    with monkeypatch.context() as patched:
-        patched.setattr("perta_fast.subtraction.in_place._finish", stop)
-        assert run("recipe", "run", path) == 130
+    stop_at("perta_fast.subtraction.in_place._finish", monkeypatch, path)
     another_setting(home)
     capsys.readouterr()
     said = refusal(capsys, "recipe", "run", path, "--overwrite")
@@ -362,9 +361,7 @@ def test_a_run_in_place_that_was_stopped_half_way_goes_on(
 ) -> None:
     path = home / "run.yaml"
     path.write_text(SHARED + SWEEP + IN_PLACE[len(SHARED) :] + EVAL.replace("unlearned", "model"))
-    with monkeypatch.context() as patched:
-        patched.setattr("perta_fast.subtraction.in_place._finish", stop)
-        assert run("recipe", "run", path) == 130
+    stop_at("perta_fast.subtraction.in_place._finish", monkeypatch, path)
     capsys.readouterr()
     assert run("recipe", "run", path) == 0
     assert ways(capsys) == {"sweep": "is done already", "unlearn": "was begun, and goes on", "eval": "is made"}
@@ -377,9 +374,7 @@ def test_a_run_in_place_that_was_stopped_in_its_check_goes_on(
 ) -> None:
     path = home / "run.yaml"
     path.write_text(IN_PLACE)
-    with monkeypatch.context() as patched:
-        patched.setattr("perta_fast.runs.check._measure_result", stop)
-        assert run("recipe", "run", path) == 130
+    stop_at("perta_fast.runs.check._measure_result", monkeypatch, path)
     weights = {file: file.read_bytes() for file in (home / "model").glob("*.safetensors")}
     capsys.readouterr()
     assert run("recipe", "run", path) == 0
@@ -427,9 +422,7 @@ def test_what_another_command_has_put_there_meanwhile(
     """A run by hand after the job was stopped, with another strength, is not taken for the job's own."""
     path = home / "run.yaml"
     path.write_text(SHARED + UNLEARN)
-    with monkeypatch.context() as patched:
-        patched.setattr("perta_fast.runs.unlearn._run", stop)
-        assert run("recipe", "run", path) == 130
+    stop_at("perta_fast.runs.unlearn._run", monkeypatch, path)
     arguments = [f"--{role}={home / role}" for role in ("model", "base", "tuned")]
     arguments += [f"--{role}={home / role}.jsonl" for role in ("forget", "retain")]
     with monkeypatch.context() as patched:
@@ -451,9 +444,7 @@ def test_what_cannot_go_on_is_made_again_if_asked(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = home / "run.yaml"
-    with monkeypatch.context() as patched:
-        patched.setattr("perta_fast.sweeping.run.draw", stop)
-        assert run("recipe", "run", path) == 130
+    stop_at("perta_fast.sweeping.run.draw", monkeypatch, path)
     (state,) = (home / ".settings.perta-partial").rglob("begun.json")
     state.write_text("{}")
     capsys.readouterr()

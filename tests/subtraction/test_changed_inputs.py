@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ def change(path: Path, byte: bytes = b"\x01") -> tuple[bytes, int]:
     path.write_bytes(content[:begin] + byte * (len(content) - begin))
     os.utime(path, ns=(mtime + 1, mtime + 1))
     return content, mtime
+
+
+def own_checkpoints(job: Job, folder: Path) -> dict[str, Path]:
+    """Copies of the three checkpoints, which may be changed."""
+    return {name: Path(shutil.copytree(getattr(job, name), folder / name)) for name in ("model", "base", "tuned")}
+
+
+def ended_by(shard: Path) -> AbstractContextManager[object]:
+    """The run ends as ``shard`` has changed, and nothing is kept."""
+    return pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again")
 
 
 def after(
@@ -161,7 +172,7 @@ def test_a_base_that_changes_after_its_gradients_were_taken(
     base = Path(shutil.copytree(job.base, tmp_path / "base"))
     shard = shard_of(base)
     after(monkeypatch, unlearn_in_memory, "_estimate", lambda: change(shard))
-    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again"):
+    with ended_by(shard):
         unlearn(
             *(job.model, base, job.tuned, job.forget, job.retain),
             rule="fisher",
@@ -178,11 +189,11 @@ def test_a_base_that_changes_after_its_gradients_were_taken(
 def test_an_input_that_changes_after_theta_f_was_made_of_it(
     role: str, kept: bool, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {name: Path(shutil.copytree(getattr(job, name), tmp_path / name)) for name in ("model", "base", "tuned")}
+    own = own_checkpoints(job, tmp_path)
     shard = shard_of(own[role])
     after(monkeypatch, Making, "run", lambda: change(shard))
     settings: dict[str, Any] = {"save_tuned": tmp_path / "kept"} if kept else {}
-    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again"):
+    with ended_by(shard):
         unlearn(**own, forget=job.forget, retain=job.retain, lam=1.0, out=tmp_path / "out", progress=False, **settings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model", "tuned"]
 
@@ -194,7 +205,7 @@ def test_an_input_that_changes_before_theta_f_is_subtracted(
     tuned = Path(shutil.copytree(job.tuned, tmp_path / "tuned"))
     shard = shard_of(tuned)
     after(monkeypatch, unlearn_preconditioned, "_with_tuned", lambda: change(shard))
-    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again"):
+    with ended_by(shard):
         unlearn(job.model, job.base, tuned, job.forget, job.retain, lam=1.0, out=tmp_path / "out", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned"]
 
@@ -222,7 +233,7 @@ def test_a_model_that_changes_while_an_importance_is_estimated(
     base, stream = Path(shutil.copytree(job.base, tmp_path / "base")), name == "run"
     shard = shard_of(base)
     after(monkeypatch, owner, name, lambda: change(shard))
-    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again"):
+    with ended_by(shard):
         estimate_importance(base, job.forget, out=tmp_path / "out", stream=stream, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
@@ -231,10 +242,10 @@ def test_a_model_that_changes_while_an_importance_is_estimated(
 def test_an_input_that_changes_while_it_is_preconditioned(
     role: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {name: Path(shutil.copytree(getattr(job, name), tmp_path / name)) for name in ("model", "base", "tuned")}
+    own = own_checkpoints(job, tmp_path)
     shard = shard_of(own[role])
     after(monkeypatch, Making, "run", lambda: change(shard))
-    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again"):
+    with ended_by(shard):
         precondition(**own, retain=job.retain, out=tmp_path / "out", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model", "tuned"]
 

@@ -9,7 +9,7 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.study.markdown import HEAD, MISSING, Thunk, cell, head, line, made, over, write_between
+from bench.study.markdown import HEAD, MISSING, Thunk, cell, head, line, made, write_between
 from bench.study.real.afterwards import after_names, after_of
 from bench.study.real.curves import GOLD, Point, crossing, curve, is_near, landmark, landmarks, reaching
 from bench.study.real.directions import Method
@@ -130,10 +130,10 @@ def _cells(found: Callable[[Models, Any, float], Found], method: Any, trials: Tr
         yield from (_marked(thunks, of) for of in ("forget", "reworded"))
 
 
-def _marked(thunks: Sequence[Thunk], of: str) -> str:
+def _marked(thunks: Sequence[Thunk], of: str, form: str = "{:.2f}") -> str:
     """The cell of one loss of what is found, marked if a seed's lies far from all points."""
     mark = "" if all(found.near for found in made(thunks)) else _FAR
-    return mark + cell(thunks, attrgetter(f"point.{of}"), "{:.2f}")
+    return mark + cell(thunks, attrgetter(f"point.{of}"), form)
 
 
 def _crossed(models: Models, method: Method, limit: float) -> Found:
@@ -155,16 +155,11 @@ def _at_gold(trials: Trials) -> Iterator[str]:
 
 
 def _gold_cells(method: Method | str, trials: Trials) -> list[str]:
-    found: list[Found | None] = made(partial(_as_gold, models, method) for models in trials)
-    reached = [each for each in found if each is not None]
-    if len(reached) < len(found):
-        return [f"reached by {len(reached)} of {len(found)}", ""]
-    if not found:
-        return [MISSING, MISSING]
-    mark = "" if all(each.near for each in reached) else _FAR
-    seeds = "" if len(found) == len(trials) else f" ({len(found)} of {len(trials)})"
-    numbers = [each.point.retain for each in reached], [each.point.reworded for each in reached]
-    return [mark + over(of, form) + seeds for of, form in zip(numbers, ("{:.3f}", "{:.2f}"), strict=True)]
+    thunks: list[Thunk] = [partial(_as_gold, models, method) for models in trials]
+    found = made(thunks)
+    if None in found:
+        return [f"reached by {len(found) - found.count(None)} of {len(found)}", ""]
+    return [_marked(thunks, "retain", "{:.3f}"), _marked(thunks, "reworded")]
 
 
 def _as_gold(models: Models, method: Method | str) -> Found | None:
