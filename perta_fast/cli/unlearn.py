@@ -144,12 +144,15 @@ COMMAND = Command(
         *options.STREAM[1:],
         replace(options.ANY_RULE, one_of="rules"),
         replace(
-            options.LAM, help="strength lambda (searched for, see --max-retain-rise)", default=None, one_of="strength"
+            options.LAM,
+            help="strength lambda; without it, the largest at which the forget loss is at most that of the base, and "
+            f"the retain loss rises by at most {DEFAULT_RETAIN_RISE:g} nats",
+            default=None,
+            one_of="strength",
         ),
         Option(
             "max_retain_rise",
-            "without --lam: take the largest at which the retain loss is at most X nats above the model's own "
-            f"({DEFAULT_RETAIN_RISE:g})",
+            "take the largest lambda at which the retain loss rises by at most X nats, whatever is forgotten",
             float,
             "X",
             one_of="strength",

@@ -75,6 +75,8 @@ def strength_choice(choice: StrengthChoice) -> Plot:
                 choice.after.lam, after, "*", color="black", markersize=13, label=f"chosen: λ = {choice.after.lam:.4g}"
             )
         axes.set_ylabel(f"{role} loss (nats)")
+    if choice.base_forget_loss is not None and is_drawable(choice.base_forget_loss):
+        panels[0].axhline(choice.base_forget_loss, color="tab:red", linestyle="--")
     if limit is not None and is_drawable(limit):
         panels[1].axhline(limit, color="tab:red", linestyle="--", label="limit")
         shown = [each.retain_loss for each in (choice.before, choice.after, *tried) if each.lam <= choice.after.lam]
@@ -83,7 +85,8 @@ def strength_choice(choice: StrengthChoice) -> Plot:
     if lams and 0 < lams[0] * _WIDE < lams[-1] < _LARGEST_LAM:
         panels[1].set_xscale("log", base=2)
         panels[1].xaxis.set_major_formatter(lambda lam, _: f"{lam:g}")
-    panels[0].set_title("to be forgotten: the higher the better", fontsize=9)
+    aim = "the higher the better" if choice.base_forget_loss is None else "the limit is the loss of the base"
+    panels[0].set_title(f"to be forgotten: {aim}", fontsize=9)
     panels[1].set_title("to be kept: must stay below the limit", fontsize=9)
     panels[1].set_xlabel("strength λ")
     panels[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4, frameon=False, fontsize=8)

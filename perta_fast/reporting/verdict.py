@@ -200,10 +200,7 @@ def _bound(report: Report) -> str:
         chosen = report.setting_choice
         return f"chosen of {len(chosen.tried)} settings{chosen.within()} (see below)"
     if report.choice is not None:
-        return (
-            f"the largest of {len(report.choice.tried)} tried at which the loss on the rows to keep rises by at most "
-            f"{report.choice.max_retain_rise:g} (see below)"
-        )
+        return f"the largest of {len(report.choice.tried)} tried at which {report.choice.condition()} (see below)"
     return "given by whoever ran it"
 
 

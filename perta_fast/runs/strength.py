@@ -1,8 +1,11 @@
 """``unlearn`` without a strength: it searches for the largest at which little of the retain data is lost.
 
-theta_full is scored before the first gradient, so that data or a model that cannot be scored is refused in time; once
-the importances are there, the search of ``scoring`` tries strengths on it. Both score the same rows, with the tokens
-that the gradients are taken on.
+If no bound was given either, it goes no further than to the forget loss of theta_0, which has not seen the forget data:
+beyond it a model does not forget more, but tells that it was made to forget.
+
+theta_0 and theta_full are scored before the first gradient, so that data or a model that cannot be scored is refused in
+time; once the importances are there, the search of ``scoring`` tries strengths on it. All score the same rows, with
+the tokens that the gradients are taken on.
 """
 
 import math
@@ -18,6 +21,8 @@ from perta_fast.arguments import check_sizes
 from perta_fast.data.chat import ChatSettings, told
 from perta_fast.data.rows import Row, evenly_spread
 from perta_fast.errors import InputError, RunError
+from perta_fast.files.identity import is_same
+from perta_fast.records.check import FORGOTTEN_RISE
 from perta_fast.records.report import Report
 from perta_fast.records.strength_choice import StrengthChoice, TriedStrength
 from perta_fast.rules import DEFAULT_RETAIN_RISE
@@ -27,18 +32,21 @@ from perta_fast.scoring.search import LARGEST, search
 from perta_fast.scoring.setting import ScoredSetting
 
 if TYPE_CHECKING:
+    from perta_fast.evaluation.examinee import Examinee
     from perta_fast.runs.unlearn_inputs import Opened
     from perta_fast.scoring.live_model import LiveModel, ScoredData
 
 ROWS = 200  # of each data set that are scored; fewer if it has fewer
 PHASE = "choice of lambda"
+_BOUND_ALONE = "the bound alone has ended the search"
 
 
 @dataclass
 class StrengthSearch:
     """The search of one run. live: kept for rule ``tv``.
 
-    original, data, encoded (of ``data``): on the first rank alone, which scores.
+    original, base_forget_loss, data, encoded (of ``data``): on the first rank alone, which scores. base_forget_loss:
+    None if it is not asked for, or ``warning`` says why it is not known. choice: once it is found.
     """
 
     opened: "Opened"
@@ -47,6 +55,9 @@ class StrengthSearch:
     data: "ScoredData | None" = None
     encoded: EncodedRows = field(default_factory=EncodedRows)
     original: ScoredSetting | None = None
+    base_forget_loss: float | None = None
+    warning: str = ""
+    choice: StrengthChoice | None = None
     live: "LiveModel | None" = None
     seconds: float = 0.0
 
@@ -64,7 +75,10 @@ class StrengthSearch:
         count, total = ({role: len(some[role]) for role in chosen} for some in (chosen, rows))
         begun = cls(opened, count, total)
         if opened.ranks.first:
-            begun._score_original(chosen, day)
+            begun._tokenise(chosen, day)
+            if options.max_retain_rise is None and not is_same(options.base, options.model):
+                begun._score_base()
+            begun._score_original()
         begun.seconds = time.perf_counter() - started
         return begun
 
@@ -80,6 +94,7 @@ class StrengthSearch:
         started = time.perf_counter()
         ranks, rule = self.opened.ranks, self.opened.rule
         original: ScoredSetting = ranks.share(self.original)
+        most: float | None = ranks.share(self.base_forget_loss)
         bound = self.bound
         live = None
         with ranks.together(PHASE):
@@ -96,16 +111,17 @@ class StrengthSearch:
             return shared
 
         def excess(setting: ScoredSetting) -> float:
-            return setting.excess(original.retain_loss + bound, None)
+            lost = setting.excess(original.retain_loss + bound, None)
+            return lost if most is None else max(lost, setting.forget_loss - most)
 
         tried = search(measure, excess, original)
         self.seconds += time.perf_counter() - started
         kept = [setting for setting in tried if excess(setting) <= 0]
         with ranks.together(PHASE):
             if not kept:
-                raise RunError(_nothing_keeps(bound, original, tried) + self._what_is_kept())
+                raise RunError(_nothing_keeps(bound, most, original, tried) + self._what_is_kept())
         best = max(kept, key=lambda setting: setting.lam)
-        return StrengthChoice(
+        self.choice = StrengthChoice(
             max_retain_rise=bound,
             metric=LOSS,
             rows=self.rows,
@@ -113,7 +129,9 @@ class StrengthSearch:
             before=_tried(original),
             after=_tried(best),
             tried=list(map(_tried, tried)),
+            base_forget_loss=most,
         )
+        return self.choice
 
     def _what_is_kept(self) -> str:
         kept = self.opened.options.save_importance
@@ -127,8 +145,8 @@ class StrengthSearch:
         given = self.opened.options.max_retain_rise
         return DEFAULT_RETAIN_RISE if given is None else float(given)
 
-    def _score_original(self, rows: Mapping[str, list[Row]], day: date) -> None:
-        from perta_fast.models.loading import row_samples, samples_for, subject_without_weights
+    def _tokenise(self, rows: Mapping[str, list[Row]], day: date) -> None:
+        from perta_fast.models.loading import row_samples, subject_without_weights
         from perta_fast.scoring.live_model import ScoredData
 
         options = self.opened.options
@@ -139,8 +157,33 @@ class StrengthSearch:
         self.data = ScoredData(samples)
         for role, of_role in samples.items():
             self.encoded.note(role, of_role, told(reader.tokenizer))
+
+    def _score_base(self) -> None:
+        """Measure how little theta_0 knows of the forget data; a warning if it cannot be told."""
+        from perta_fast.models.loading import samples_for
+        from perta_fast.scoring.live_model import ScoredData, ScoredModel
+
+        assert self.data is not None
+        forget = {"forget": self.data.samples["forget"]}
+        try:
+            examinee = self._examinee(Path(self.opened.options.base))
+            samples_for(examinee.subject, forget["forget"], None)
+            loss = ScoredModel(examinee, ScoredData(forget), LOSS).loss("forget", "base")
+        except InputError as error:
+            self.warning = f"base cannot be scored on the forget data, so {_BOUND_ALONE}: {error}"
+            return
+        if math.isfinite(loss):
+            self.base_forget_loss = loss
+        else:
+            self.warning = f"the loss of base on the forget data is not finite, so {_BOUND_ALONE}"
+
+    def _score_original(self) -> None:
+        from perta_fast.models.loading import samples_for
+
+        options, data = self.opened.options, self.data
+        assert data is not None
         live = self._load()
-        for role, of_role in samples.items():
+        for role, of_role in data.samples.items():
             try:
                 samples_for(live.subject, of_role, None)
             except InputError as error:
@@ -148,31 +191,48 @@ class StrengthSearch:
         self.original = live.measure_original({})
         if not self.original.is_finite:
             raise InputError(f"{options.model}: {_why_not_finite(live, str(options.dtype))}")
+        self._compare_with_base(self.original.forget_loss)
         if self.opened.rule.estimator is None and not options.preconditions:  # which takes the memory first
             self.live = live
 
+    def _compare_with_base(self, forget_loss: float) -> None:
+        """Do without the loss of theta_0 if theta_full does not know more of the forget data. forget_loss: of it."""
+        loss = self.base_forget_loss
+        if loss is not None and loss - forget_loss < FORGOTTEN_RISE:
+            self.base_forget_loss = None
+            self.warning = (
+                f"the forget loss of model is {forget_loss:.4g}, and that of base {loss:.4g}: the model has learnt "
+                f"nothing of the forget data that base does not know, so {_BOUND_ALONE}. Is base the checkpoint that "
+                "model was tuned from?"
+            )
+
     def _load(self) -> "LiveModel":
-        from perta_fast.evaluation.examinee import Examinee
-        from perta_fast.models.loading import load_subject
         from perta_fast.scoring.live_model import LiveModel
 
-        options = self.opened.options
-        subject = load_subject(
-            Path(options.model), options.device, options.dtype, text=False, progress=options.progress
-        )
-        examinee = Examinee(subject, options.batch_size, options.max_length, options.progress)
+        options, sources = self.opened.options, self.opened.sources
+        examinee = self._examinee(Path(options.model))
         assert self.data is not None
         directories = str(options.base), str(options.tuned)
-        sources = self.opened.sources
         return LiveModel(examinee, self.data, LOSS, sources.model, directories, options.common_rows, sources.left)
 
+    def _examinee(self, path: Path) -> "Examinee":
+        from perta_fast.evaluation.examinee import Examinee
+        from perta_fast.models.loading import load_subject
 
-def annotate(report: Report, choice: StrengthChoice | None, seconds: float) -> None:
+        options = self.opened.options
+        subject = load_subject(path, options.device, options.dtype, text=False, progress=options.progress)
+        return Examinee(subject, options.batch_size, options.max_length, options.progress)
+
+
+def annotate(report: Report, search: StrengthSearch | None) -> None:
     """Put in the report how lam was chosen, if it was."""
-    if choice is None:
+    if search is None:
         return
-    report.choice = choice
-    report.add_phase(PHASE, seconds, 0)
+    choice = report.choice = search.choice
+    assert choice is not None
+    report.add_phase(PHASE, search.seconds, 0)
+    if search.warning:
+        report.warn(search.warning)
     if choice.after.lam == LARGEST:
         report.warn(
             f"even lambda {LARGEST:g}, the largest that is tried, keeps the retain loss within the bound, so a larger "
@@ -197,13 +257,19 @@ def _why_not_finite(live: "LiveModel", dtype: str) -> str:
     )
 
 
-def _nothing_keeps(bound: float, original: ScoredSetting, tried: list[ScoredSetting]) -> str:
+def _nothing_keeps(bound: float, most: float | None, original: ScoredSetting, tried: list[ScoredSetting]) -> str:
     start = f"no lambda that was tried keeps the rise of the retain loss within {bound:g} nats"
     finite = [setting for setting in tried if setting.is_finite]
     nearest = min(finite, key=lambda setting: (setting.retain_loss, setting.lam), default=None)
     if nearest is None:
         return f"{start}: at each the losses are not finite, down to {min(setting.lam for setting in tried)!r}"
     rise = nearest.retain_loss - original.retain_loss
+    if most is not None and rise <= bound:
+        return (
+            f"no lambda that was tried keeps the forget loss below that of base, {most:.4g}: at {nearest.lam!r} it is "
+            f"{nearest.forget_loss:.4g}. Search up to a bound on the retain loss alone with ‹max_retain_rise›, or give "
+            "‹lam›"
+        )
     return (
         f"{start}; nearest to it is {nearest.lam!r}, where it rises by {rise:.4g}, from {original.retain_loss:.4g}. "
         "Allow more with ‹max_retain_rise›, or give ‹lam›"

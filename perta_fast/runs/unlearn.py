@@ -92,15 +92,16 @@ def unlearn(
     fields: names of their fields, as in {"question": "prompt", "answer": "completion"}, for question, answer, text,
     messages and tools; None knows the usual ones. Models and data may be names of the Hugging Face hub, ORG/NAME, that
     lie in the local cache; download: fetch them there first.
-    lam: None searches for the largest at which the mean loss on the retain data (at most 200 rows) is at most
-    ``max_retain_rise`` nats (0.05) above that of ``model``; this needs the whole model in memory, and both data files
-    for every rule. at: the gradients are taken at ``base`` (None, the paper's choice) or at ``model``; or the inputs of
-    linear maps are seen at ``model`` (None) or at ``base``. whole_importance: of all rows, those to forget among them,
-    taken where this run takes its gradients: only the forget importance is then estimated, with the prompts that the
-    whole had, and the retain importance is what remains (``remove_importances``). ``retain`` is then for the check and
-    the search of lam alone, and may be None. save_importance: directory to keep the two importances in, as ``forget``
-    and ``retain`` (save_as ``pair``, the default), or their ratio (``ratio``); importance_dtype: the type to keep them
-    in, float32, or bfloat16 of a ratio. The run subtracts with what it keeps. save_tuned: a directory for the
+    lam: None searches for the largest at which the mean loss on the forget data is at most that of ``base``, and on the
+    retain data at most 0.05 nats above that of ``model`` (at most 200 rows of each). max_retain_rise: it may rise by so
+    many nats, and then the loss of ``base`` sets no limit. A search needs the whole model in memory, and both data
+    files for every rule. at: the gradients are taken at ``base`` (None, the paper's choice) or at ``model``; or the
+    inputs of linear maps are seen at ``model`` (None) or at ``base``. whole_importance: of all rows, those to forget
+    among them, taken where this run takes its gradients: only the forget importance is then estimated, with the prompts
+    that the whole had, and the retain importance is what remains (``remove_importances``). ``retain`` is then for the
+    check and the search of lam alone, and may be None. save_importance: directory to keep the two importances in, as
+    ``forget`` and ``retain`` (save_as ``pair``, the default), or their ratio (``ratio``); importance_dtype: the type to
+    keep them in, float32, or bfloat16 of a ratio. The run subtracts with what it keeps. save_tuned: a directory for the
     preconditioned θ_f. Without them they lie in a temporary directory beside the result. check: measure a few rows of
     both data sets before and after, for the verdict in the report; not for streamed runs. stream: hold one decoder
     layer in memory at a time; weigh, subtract and write each layer as soon as its importances are complete. memory,
@@ -151,9 +152,8 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
         if begun is None:
             opened.check_disk({})
         search = strength.StrengthSearch.begin(opened, rows, day)
-    choice = None if search is None else search.find(None)
-    if choice is not None:
-        opened = opened.at(choice.after.lam)
+    if search is not None:
+        opened = opened.at(search.find(None).after.lam)
     options = opened.options
     checking = Checking.of(options, rows, day, opened.ranks)
     if checking is not None:
@@ -165,7 +165,7 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
         report.recipe = as_recipe(vars(options) | {"date_string": options.date_string or date})
         told = {"system_prompt": options.system_prompt, "date_string": options.date_string}
         report.settings = told | {"date": date}
-        strength.annotate(report, choice, 0.0 if search is None else search.seconds)
+        strength.annotate(report, search)
         report.data = data_records(options, rows, hashes, encoded)
         for warning in truncation_warnings(report.data):
             report.warn(warning)

@@ -24,7 +24,6 @@ from perta_fast.importance.kept_form import KeptForm
 from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.removal import Removal
 from perta_fast.records.report import DataRecord, EstimationSettings, Report, data_record, truncation_warnings
-from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import fits
 from perta_fast.rules import Rule
 from perta_fast.runs import strength
@@ -130,9 +129,9 @@ class Loaded:
     """Opened inputs with the loaded model, and the data in tokens.
 
     hashes: of the data files. told: to the chat template. max_length: the resolved limit. device, dtype: of the
-    gradients. phases: seconds so far. read_as: of the data, by role, see ``Row``. search: for lam, if none was given;
-    choice: what it has chosen. checking: the check, if there is one. other_rows: those that no gradient is taken on, by
-    role. removal: of the rows to forget from the whole importance, if there is one.
+    gradients. phases: seconds so far. read_as: of the data, by role, see ``Row``. search: for lam, if none was given.
+    checking: the check, if there is one. other_rows: those that no gradient is taken on, by role. removal: of the rows
+    to forget from the whole importance, if there is one.
     """
 
     opened: Opened
@@ -147,7 +146,6 @@ class Loaded:
     read_as: dict[str, str]
     checking: Checking | None = None
     search: strength.StrengthSearch | None = None
-    choice: StrengthChoice | None = None
     schedule: "Schedule | None" = None
     other_rows: dict[str, list[Row]] = field(default_factory=dict)
     removal: Removal | None = None
@@ -206,8 +204,7 @@ class Loaded:
     def choose_strength(self, importances: Path) -> None:
         """Search for lam, if none was given. importances: the directory with both, or with their ratio."""
         if self.search is not None:
-            self.choice = self.search.find(importances)
-            self.opened = self.opened.at(self.choice.after.lam)
+            self.opened = self.opened.at(self.search.find(importances).after.lam)
 
     def annotate(self, report: Report) -> None:
         """Put in the report how, and on what, the importances are estimated."""
@@ -236,8 +233,7 @@ class Loaded:
             date_string=options.date_string,
             date=date,
         )
-        if self.search is not None:
-            strength.annotate(report, self.choice, self.search.seconds)
+        strength.annotate(report, self.search)
         for warning in truncation_warnings(report.data):
             report.warn(warning)
         if self.checking is not None:

@@ -61,11 +61,9 @@ def unlearn_preconditioned(
         made: Preconditioning = ranks.share(record)
         given = opened.sources
         opened = _with_tuned(opened, directory, given)
-        choice = None
         if search is not None:
             search = search.on(opened)
-            choice = search.find(None)
-            opened = opened.at(choice.after.lam)
+            opened = opened.at(search.find(None).after.lam)
         if checking is not None:
             checking.before()
         with ranks.together("the files of theta_f"):
@@ -88,7 +86,7 @@ def unlearn_preconditioned(
             report.data = data_records(asked, rows, hashes, encoded) | {"retain": made.retain}
             for warning in dict.fromkeys(truncation_warnings(report.data) + made.warnings):
                 report.warn(warning)
-            strength.annotate(report, choice, 0.0 if search is None else search.seconds)
+            strength.annotate(report, search)
             if checking is not None:
                 checking.annotate(report)
 

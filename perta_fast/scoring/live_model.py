@@ -64,6 +64,10 @@ class ScoredModel:
             scores |= {f"{role}_{LOSS}": loss, f"{role}_{self._metric}": metric}
         return ScoredSetting("", 1.0, 1.0, 0.0, forget_loss, retain_loss, forget, retain, 0.0, seconds, scores=scores)
 
+    def loss(self, role: str, name: str) -> float:
+        """The mean loss on one set, in nats; ``name`` is shown with the progress."""
+        return self._score(role, name)[0]
+
     def _score(self, role: str, name: str) -> tuple[float, float]:
         samples, metric, shown = self.samples[role], self._metric, f"{name}, {role}"
         scores = self._examinee.score(samples, shown, detailed=metric in _MEMORISATION)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perta_fast import Importance, InputError, Interrupted, Report, RunError, apply, cli, resume, sweep, unlearn, verify
-from perta_fast.data.rows import evenly_spread
+from perta_fast.data.rows import evenly_spread, load_rows
+from perta_fast.data.samples import encode
 from perta_fast.models import loading
 from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.rules import DEFAULT_RETAIN_RISE
@@ -64,22 +66,37 @@ def with_talks(folder: Path) -> Job:
 
 
 class Measured:
-    """What stands in for the measuring of strengths, so that a test can draw the curve of the retain loss."""
+    """What stands in for the measuring of strengths, so that a test can draw the curves of both losses.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, retain_loss: Callable[[float], float]) -> None:
+    At strength 0 they are 1 (forget) and 2. base: the forget loss of the base.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        retain_loss: Callable[[float], float],
+        forget_loss: Callable[[float], float] = lambda lam: 5.0,
+        base: float = 6.0,
+    ) -> None:
         self.lams: list[float] = []
+        self.names: list[str] = []
 
         def measure(_: LiveModel, rule: Any, importances: Any) -> ScoredSetting:
             lam = rule.rescaling.lam
             self.lams.append(lam)
-            loss = retain_loss(lam)
-            return ScoredSetting(rule.name, 1.0, 1.0, lam, 5.0, loss, 5.0, loss, 0.5, 0.0)
+            losses = forget_loss(lam), retain_loss(lam)
+            return ScoredSetting(rule.name, 1.0, 1.0, lam, *losses, *losses, 0.5, 0.0)
 
         def original(*_: Any) -> ScoredSetting:
             return ScoredSetting("", 1.0, 1.0, 0.0, 1.0, 2.0, 1.0, 2.0, 0.0, 0.0)
 
+        def of_base(_: ScoredModel, role: str, name: str) -> float:
+            self.names.append(f"{name}, {role}")
+            return base
+
         monkeypatch.setattr(LiveModel, "measure", measure)
         monkeypatch.setattr(LiveModel, "measure_original", original)
+        monkeypatch.setattr(ScoredModel, "loss", of_base)
 
 
 # What comes out.
@@ -275,6 +292,108 @@ def test_importances_that_were_to_be_kept_are_there_nevertheless(
     apply(*job.checkpoints, kept / "forget", kept / "retain", rule="grad", out=tmp_path / "out", progress=False)
 
 
+# No further than to what the base knows, unless a bound is given.
+
+
+@pytest.mark.parametrize("rule", ["tv", "preconditioned", "grad"])
+def test_it_ends_at_the_forget_loss_of_the_base(
+    rule: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Measured(monkeypatch, lambda lam: 2 + lam / 1000, lambda lam: 1 + lam, base=4.0)
+    report = run(job, tmp_path / "out", rule=rule)
+    choice = chosen(report)
+    assert measured.names == ["base, forget"] and (choice.base_forget_loss, choice.max_retain_rise) == (4.0, 0.05)
+    assert 3 / 1.01 <= report.lam <= 3 and choice.after.forget_loss == 1 + report.lam
+    assert min(each.lam for each in choice.tried if each.lam > report.lam) <= 1.01 * report.lam
+    said = "as the largest at which the forget loss is at most that of base, 4, and the retain loss rises by at most"
+    assert said in report.summary() and report.warnings == []
+    assert Report.load(tmp_path / "out").choice == choice
+    assert cli.main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8").replace("<wbr>", "")
+    assert page.count("the forget loss is at most that of base, 4, and the retain loss rises by at most 0.05 nats") > 1
+
+
+def test_the_bound_may_end_it_before(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Measured(monkeypatch, lambda lam: 2 + lam / 100, lambda lam: 1 + lam / 1000, base=4.0)
+    report = run(job, tmp_path / "out", rule="tv")
+    assert 5 / 1.01 <= report.lam <= 5 and chosen(report).base_forget_loss == 4.0
+
+
+def test_with_a_bound_the_base_is_not_asked(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Measured(monkeypatch, lambda lam: 2 + lam / 100, lambda lam: 1 + lam, base=4.0)
+    report = run(job, tmp_path / "out", rule="tv", max_retain_rise=DEFAULT_RETAIN_RISE)
+    assert 5 / 1.01 <= report.lam <= 5
+    assert measured.names == [] and chosen(report).base_forget_loss is None and report.warnings == []
+
+
+def test_a_base_that_is_the_model_is_not_asked(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Measured(monkeypatch, lambda lam: 2 + lam / 100)
+    report = run(replace(job, base=job.model), tmp_path / "out", rule="tv")
+    assert measured.names == [] and chosen(report).base_forget_loss is None and report.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("base", "warning"),
+    [
+        (
+            1.09,
+            "the forget loss of model is 1, and that of base 1.09: the model has learnt nothing .* so the bound alone",
+        ),
+        (0.5, "the forget loss of model is 1, and that of base 0.5: the model has learnt nothing of the forget data"),
+        (math.inf, "the loss of base on the forget data is not finite, so the bound alone has ended the search$"),
+        (math.nan, "the loss of base on the forget data is not finite"),
+    ],
+)
+def test_a_base_that_sets_no_end(
+    base: float, warning: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Measured(monkeypatch, lambda lam: 2 + lam / 100, lambda lam: 1 + lam, base=base)
+    report = run(job, tmp_path / "out", rule="grad")
+    assert 5 / 1.01 <= report.lam <= 5 and chosen(report).base_forget_loss is None
+    assert len(report.warnings) == 1 and re.match(warning, report.warnings[0])
+
+
+def test_a_base_that_does_not_know_all_tokens(job: Job, tmp_path: Path) -> None:
+    small = write_job(tmp_path / "small", vocab_size=40)
+    report = run(replace(job, base=small.base, tuned=small.tuned), tmp_path / "out", rule="tv", common_rows=True)
+    assert report.warnings[0].startswith("base cannot be scored on the forget data, so the bound alone has ended")
+    assert "the model knows those below 40" in report.warnings[0] and chosen(report).base_forget_loss is None
+
+
+def test_no_strength_forgets_less_than_the_base(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Measured(monkeypatch, lambda lam: 2.0, lambda lam: 5.0, base=4.0)
+    with pytest.raises(RunError, match=r"keeps the forget loss below that of base, 4: at 0\.0009765625 it is 5"):
+        run(job, tmp_path / "out", rule="tv")
+    assert list(tmp_path.iterdir()) == []
+
+
+def learn_(model: Any, data: Path, times: int) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for sample in times * encode(load_rows(data), tokenizer(), max_length=512):
+        model(torch.tensor([sample.input_ids]), labels=torch.tensor([sample.labels])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_what_was_learnt_is_subtracted_and_no_more(tmp_path: Path) -> None:
+    """Where θ_f is θ_full, strength 1 gives θ_0."""
+    job = write_job(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32)
+    for weights in [file for path in job.checkpoints for file in path.glob("model*")]:
+        weights.unlink()
+    learn_(model, job.retain, 20)
+    model.save_pretrained(job.base)
+    learn_(model, job.forget, 2)
+    for path in (job.model, job.tuned):
+        model.save_pretrained(path)
+    report = run(job, tmp_path / "out", rule="tv")
+    assert report.lam == pytest.approx(1, rel=0.02) and report.warnings == []
+    choice = chosen(report)
+    assert choice.base_forget_loss is not None and choice.after.forget_loss is not None
+    assert choice.after.forget_loss <= choice.base_forget_loss <= choice.after.forget_loss * 1.1
+    assert run(job, tmp_path / "given", rule="tv", max_retain_rise=DEFAULT_RETAIN_RISE).lam > 1.2
+
+
 # What is refused, before the first gradient.
 
 
@@ -459,7 +578,7 @@ def test_one_model_at_a_time(at: str, job: Job, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(loading, "load_subject", watched)
     run(job, tmp_path / "out", rule="grad", at=at)
-    assert len(alive) == 3  # to score it as it is, for the gradients, to score the rest
+    assert len(alive) == 4  # to score the base, to score it as it is, for the gradients, to score the rest
 
 
 def test_the_progress_names_each_strength(job: Job, tmp_path: Path) -> None:
@@ -470,7 +589,7 @@ def test_the_progress_names_each_strength(job: Job, tmp_path: Path) -> None:
     )
     tried = [f"tv, lambda {tried.lam:g}, {role}" for tried in chosen(report).tried for role in data]
     scored = [phase for phase in dict.fromkeys(phases) if phase.endswith(tuple(data))]
-    assert scored == [f"the model as it is, {role}" for role in data] + tried
+    assert scored == ["base, forget", *(f"the model as it is, {role}" for role in data), *tried]
 
 
 @pytest.mark.parametrize("rule", ["tv", "grad"])

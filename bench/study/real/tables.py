@@ -43,6 +43,7 @@ _AFTER = (
     "other sentences",
     "general text",
 )
+_UNKNOWING = (GOLD, "θ_0")  # models that have not seen the forget rows
 _FAR = "≈ "  # before a number that is interpolated between points far from it
 Trials = Sequence[Models]
 
@@ -87,7 +88,7 @@ def _of_model(trials: Trials) -> dict[str, Iterator[str]]:
     untied = trials[0].untied
     both = {
         "before": _landmarks(trials),
-        **({} if untied else {"as much forgotten as by gold": _at_gold(trials)}),
+        **({} if untied else {"at the forget loss of gold, and of θ_0": _as_forgotten(trials)}),
         "rules": _at_limits(main_methods(), trials),
         "where w is large": _shares(trials),
         "parts of the model": _at_limits(part_methods(untied), trials),
@@ -146,25 +147,29 @@ def _best_trained(models: Models, method: str, limit: float) -> Found:
     return Found(best_trained(models, method, limit), True)
 
 
-def _at_gold(trials: Trials) -> Iterator[str]:
-    """What a method costs where its forget loss is gold's, of those that get there."""
-    yield from head(["", "retain loss, risen by", "reworded"])
+def _as_forgotten(trials: Trials) -> Iterator[str]:
+    """What a method costs where its forget loss is gold's, and where it is that of θ_0, of those that get there."""
+    yield from head(["", *(f"{name}: {what}" for name in _UNKNOWING for what in ("retain loss, risen by", "reworded"))])
     subtractions = [*main_methods(), *(each for each in part_methods(False) if ONLY_FORGET in each.name)]
     for method in [*subtractions, *other_tuned_methods(), *STEPS, *METHODS]:
-        yield line([method if isinstance(method, str) else method.name, *_gold_cells(method, trials)])
+        cells = [cell for name in _UNKNOWING for cell in _reached_cells(method, name, trials)]
+        yield line([method if isinstance(method, str) else method.name, *cells])
 
 
-def _gold_cells(method: Method | str, trials: Trials) -> list[str]:
-    thunks: list[Thunk] = [partial(_as_gold, models, method) for models in trials]
+def _reached_cells(method: Method | str, name: str, trials: Trials) -> list[str]:
+    thunks: list[Thunk] = [partial(_reached, models, method, name) for models in trials]
     found = made(thunks)
     if None in found:
         return [f"reached by {len(found) - found.count(None)} of {len(found)}", ""]
     return [_marked(thunks, "retain", "{:.3f}"), _marked(thunks, "reworded")]
 
 
-def _as_gold(models: Models, method: Method | str) -> Found | None:
-    """Where the forget loss is gold's; ``retain`` is by how much the retain loss has risen. None if it never is."""
-    forget = landmark(models, GOLD).forget
+def _reached(models: Models, method: Method | str, name: str) -> Found | None:
+    """Where the forget loss is that of a landmark; ``retain`` is by how much the retain loss has risen.
+
+    None if it never is.
+    """
+    forget = landmark(models, name).forget
     if isinstance(method, str):
         start, near = trained(models, method, rates(models, method)[0])[0], True
         point = trained_reaching(models, method, forget)
