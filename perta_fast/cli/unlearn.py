@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
     from perta_fast.importance.kept_form import KeptForm
     from perta_fast.importance.store import WIDTH
     from perta_fast.streaming.forecast.dry_run import preview
+    from perta_fast.streaming.forecast.forecast import Forecast
     from perta_fast.subtraction.scope import Scope
 
     check_strength(parsed.lam, parsed.max_retain_rise, parsed.stream, parsed.allow_zero)
@@ -83,34 +85,39 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
         raise InputError(f"--dry-run needs the data that rule {parsed.rule} reads: {' and '.join(data)}")
     Scope.of(parsed.only, parsed.leave).check(local_model(parsed.model, parsed.download))
     KeptForm.check_is_asked_for(parsed.save_as, parsed.importance_dtype, parsed.save_importance is not None)
-    kept_at = parsed.save_importance if whole is None else None
     form = KeptForm.of(parsed.save_as, parsed.importance_dtype)
-    forecast = preview(
+    in_one_walk = whole is None and not parsed.in_place
+    forecast_of = partial(
+        preview,
         parsed.model if resolved_at(parsed.rule, parsed.at) == "model" else parsed.base,
-        data,
-        estimator,
-        parsed.out or parsed.model,
-        options.conditions(parsed),
-        subtract=whole is None,
-        kept=WIDTH if whole is not None else 0 if kept_at is None else form.width,
-        kept_at=kept_at,
+        estimator=estimator,
+        destination=parsed.out or parsed.model,
+        conditions=options.conditions(parsed),
+        subtract=in_one_walk,
         low_rank=preconditions and is_adapter(local_model(parsed.tuned, parsed.download)),
         threads=parsed.threads or compiled.kernels().available_threads(),
         ranks=ranks,
     )
-    return forecast if whole is None else forecast.followed_by(f"\n{_after_the_walk(whole)}")
+    if preconditions or in_one_walk:
+        kept_at = parsed.save_importance
+        forecast = forecast_of(data, kept=0 if kept_at is None else form.width, kept_at=kept_at)
+    else:  # to files, one after the other
+        parts = ((f"the {role} importance:", forecast_of({role: data[role]}, kept=WIDTH)) for role in roles)
+        forecast = Forecast.joined(parts)
+    return forecast if in_one_walk else forecast.followed_by(f"\n{_after_the_walk(whole, parsed.in_place)}")
 
 
-def _after_the_walk(whole: Path) -> str:
+def _after_the_walk(whole: Path | None, in_place: bool) -> str:
     from perta_fast.checkpoints.checkpoint import Checkpoint
     from perta_fast.importance.store import STEM
     from perta_fast.memory import format_size
 
+    computed = "the result is computed from files, chunk by chunk, as by perta apply"
+    computed += " --in-place, through a journal of at most 192 MiB" if in_place else ""
+    if whole is None:
+        return f"then {computed}"
     size = format_size(4 * sum(entry.count for entry in Checkpoint.open(whole, STEM).tensors.values()))
-    return (
-        f"this is for the forget importance alone; the retain importance ({size} more on the disk) and then the result "
-        "are computed from files, chunk by chunk, as by perta apply"
-    )
+    return f"then the retain importance ({size} more on the disk) is what remains of the whole, and {computed}"
 
 
 COMMAND = Command(

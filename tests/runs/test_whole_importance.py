@@ -359,7 +359,7 @@ def test_by_command(
     assert cli.main([*asked, "--stream", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("data: 5 forget samples of ")
-    assert "this is for the forget importance alone; the retain importance (" in text
+    assert "\nthen the retain importance (" in text and "the retain importance:" not in text
     assert not (tmp_path / "out").exists()
     assert cli.main([*asked, "--rule", "preconditioned", "--stream", "--dry-run"]) == 2
     assert "rule preconditioned, which is the default, takes no importance" in capsys.readouterr().err

@@ -555,6 +555,16 @@ def test_dry_run_of_70_billion(
     ratio = ["--save-importance", str(tmp_path / "kept"), "--as", "ratio"]
     assert main(dry_run(large, tmp_path / "out", "--max-length", "64", *ratio)) == 0
     assert "282 GB of result" in capsys.readouterr().out
+    in_place = [part for part in dry_run(large, tmp_path / "out", "--max-length", "64") if part != "--out"]
+    in_place[in_place.index(str(tmp_path / "out"))] = "--in-place"
+    assert main(in_place) == 0  # each importance in a walk of its own, in float32; no room for a result
+    text = capsys.readouterr().out
+    assert text.count("282 GB of result") == 2 and "141 GB" not in text.replace("read 141 GB", "")
+    assert [line for line in text.splitlines() if line.endswith(" importance:")] == [
+        "the forget importance:",
+        "the retain importance:",
+    ]
+    assert text.endswith("as by perta apply --in-place, through a journal of at most 192 MiB\n")
     assert list(tmp_path.iterdir()) == []
 
 

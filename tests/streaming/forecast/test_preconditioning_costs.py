@@ -246,6 +246,10 @@ def test_dry_run_of_70_billion(
         assert main([command, *map(str, [*given, *more]), "--tuned", str(adapter)]) == 0
         text = capsys.readouterr().out
         assert f"{'141 GB' if command == 'unlearn' else '0 B'} of result" in text
+    in_place = ["--in-place" if part == "--out" else part for part in given if part != tmp_path / "out"]
+    assert main(["unlearn", *map(str, [*in_place, "--model", model, "--lam", 4, "--tuned", model])]) == 0
+    text = capsys.readouterr().out
+    assert "282 GB of result" in text and text.endswith("through a journal of at most 192 MiB\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model", "retain.jsonl"]
     assert (
         main(
