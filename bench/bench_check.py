@@ -21,7 +21,7 @@ import pytest
 import perta_fast as pf
 from bench.harness.contest import Outcome, Sample, Unavailable, replay, replayed
 from bench.harness.tables import Row
-from perta_fast.runs.check import PHASE
+from perta_fast.runs.check_result import PHASE
 
 SMOL, ROWS = os.environ.get("PERTA_BENCH_SMOL", ""), int(os.environ.get("PERTA_BENCH_ROWS", "400"))
 GROUP = "check of an unlearning"

@@ -19,7 +19,7 @@ from perta_fast.files.reading import checked_path, exists
 from perta_fast.progress import Progress
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.runs.apply import resume_directory
-from perta_fast.runs.check import finish_resumed
+from perta_fast.runs.check_result import finish_resumed
 from perta_fast.subtraction.in_place import finish_leftover_in_place, resume_in_place
 from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.subtraction.to_directory import finish_leftover

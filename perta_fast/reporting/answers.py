@@ -10,7 +10,7 @@ from perta_fast.errors import InputError
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.reporting.evidence import why_not_as_recorded
-from perta_fast.runs.check import read_again
+from perta_fast.runs.checked_rows import read_again
 
 _NEW_TOKENS = 200
 _BATCH = 8

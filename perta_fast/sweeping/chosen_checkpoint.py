@@ -14,7 +14,8 @@ from perta_fast.progress import Progress
 from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
-from perta_fast.runs.check import Checking, finish_resumed
+from perta_fast.runs.check import Checking
+from perta_fast.runs.check_result import finish_resumed
 from perta_fast.runs.precondition import given_files
 from perta_fast.runs.settings import Settings, check_others
 from perta_fast.subtraction.in_place import check_in_place, finish_leftover_in_place, resume_in_place

@@ -374,7 +374,7 @@ def test_a_run_in_place_that_was_stopped_in_its_check_goes_on(
 ) -> None:
     path = home / "run.yaml"
     path.write_text(IN_PLACE)
-    stop_at("perta_fast.runs.check._measure_result", monkeypatch, path)
+    stop_at("perta_fast.runs.check_result._measure_result", monkeypatch, path)
     weights = {file: file.read_bytes() for file in (home / "model").glob("*.safetensors")}
     capsys.readouterr()
     assert run("recipe", "run", path) == 0

@@ -22,8 +22,9 @@ from perta_fast.errors import Interrupted
 from perta_fast.models import loading
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.records.check import Check, CheckedData, Measured
-from perta_fast.runs import check as checking
-from perta_fast.runs.check import PHASE, ROWS
+from perta_fast.runs import check_result, checked_rows
+from perta_fast.runs.check_result import PHASE
+from perta_fast.runs.checked_rows import ROWS
 from perta_fast.subtraction import in_place, to_directory
 from perta_fast.tuning.run import FILE_NAME
 from tests.support.checked_runs import stop_in_the_check, watch_loads
@@ -317,7 +318,7 @@ def test_a_model_that_cannot_be_run_is_still_subtracted_from(tmp_path: Path) -> 
 
 
 def test_memory_that_is_too_small(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(checked_rows, "available_bytes", lambda: 1000)
     report = run(job, tmp_path / "out", rule="tv")
     assert "only 1 kB of the memory are free" in checked(report).left_out
 
@@ -410,7 +411,7 @@ def test_a_run_in_place_that_was_killed_in_its_check_is_not_done_twice(
 
     for _ in range(2):  # the second time while it is resumed
         with monkeypatch.context() as patched, pytest.raises(Killed):
-            patched.setattr(checking, "clear_leftover" if saved else "_measure_result", kill)
+            patched.setattr(check_result, "clear_leftover" if saved else "_measure_result", kill)
             resume(job.model, progress=False) if (job.model / ".perta-journal").exists() else run(job, in_place=True)
         if saved:
             break
@@ -429,7 +430,7 @@ def test_a_model_that_was_renamed_after_its_check_was_killed(tmp_path: Path, mon
     job = write_job(tmp_path)
     backup = Path(shutil.copytree(job.model, tmp_path / "backup"))
     with monkeypatch.context() as patched:
-        patched.setattr(checking, "_measure_result", interrupt)
+        patched.setattr(check_result, "_measure_result", interrupt)
         with pytest.raises(Interrupted):
             run(job, in_place=True)
     renamed = job.model.rename(tmp_path / "unlearned")
@@ -444,7 +445,7 @@ def test_a_model_that_was_renamed_after_its_check_was_killed(tmp_path: Path, mon
 def test_a_run_in_place_that_was_interrupted_in_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = write_job(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(checking, "_measure_result", interrupt)
+        patched.setattr(check_result, "_measure_result", interrupt)
         with pytest.raises(Interrupted, match=f"only the check .* is not done. Do it with: perta resume {job.model}$"):
             run(job, in_place=True)
     report = resume(job.model, progress=False)

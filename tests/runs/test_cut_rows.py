@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from perta_fast import Report, estimate_importance, unlearn
-from perta_fast.runs import check as checking
-from perta_fast.runs import strength
+from perta_fast.runs import checked_rows, strength
 from tests.support.models import FORGET, RETAIN, Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +71,9 @@ def test_those_to_retain_beside_a_whole_importance(way: str, long: Job, tmp_path
 
 @pytest.mark.parametrize("way", ["search", "check"])
 def test_some_of_many_rows(way: str, long: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strength if way == "search" else checking, "ROWS", 3)  # all long ones of a file are among them
+    monkeypatch.setattr(
+        strength if way == "search" else checked_rows, "ROWS", 3
+    )  # all long ones of a file are among them
     write_lines(long.forget, [FORGET[k // 2] if k % 2 == 0 else RETAIN[k // 2] for k in range(6)])
     report = run(long, tmp_path / "out", rule="tv", **WAYS[way])
     assert report.data["forget"].items() >= {"samples": 6, "tokenised": 3, "truncated": 3}.items()

@@ -8,13 +8,13 @@ import pytest
 from perta_fast import Report, apply, choose, resume, unlearn
 from perta_fast.errors import Interrupted
 from perta_fast.records import versions
-from perta_fast.runs.check import Rows
+from perta_fast.runs.checked_rows import Rows
 from perta_fast.subtraction import to_directory
 from tests.support.models import Job, write_job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BEGUN, LATER, LAST = (f"2026-01-0{day}T00:00:00+00:00" for day in (1, 2, 3))
-MODULES = ("runs.unlearn", "runs.apply", "runs.check", "sweeping.run", "subtraction.to_directory")
+MODULES = ("runs.unlearn", "runs.apply", "runs.check_result", "sweeping.run", "subtraction.to_directory")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from perta_fast.models import loading
-from perta_fast.runs.check import Rows
+from perta_fast.runs.checked_rows import Rows
 
 
 def watch_loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

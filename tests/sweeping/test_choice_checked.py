@@ -10,7 +10,8 @@ import torch
 
 from perta_fast import InputError, Interrupted, Report, choose, cli, resume, sweep, verify
 from perta_fast.records.check import Check
-from perta_fast.runs.check import PHASE, Rows
+from perta_fast.runs.check_result import PHASE
+from perta_fast.runs.checked_rows import Rows
 from perta_fast.subtraction import in_place, to_directory
 from perta_fast.sweeping import run as sweeping_run
 from tests.support.checked_runs import stop_in_the_check, watch_loads
