@@ -5,8 +5,8 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+from perta_fast.cli.command import Command, Option
 from perta_fast.cli.main import COMMANDS
-from perta_fast.cli.options import Command, Option
 
 PAGE = "command-line.md"
 _START = """\

@@ -3,19 +3,9 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.command import Command, Option, Outcome, made
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import (
-    CHECKPOINTS,
-    IMPORTANCE,
-    RESULT,
-    RULE_AND_STRENGTH,
-    SCOPE,
-    Command,
-    Option,
-    Outcome,
-    keywords,
-    made,
-)
+from perta_fast.cli.options import CHECKPOINTS, IMPORTANCE, RESULT, RULE_AND_STRENGTH, SCOPE, keywords
 
 
 def run(parsed: argparse.Namespace) -> Outcome:

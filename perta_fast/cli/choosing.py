@@ -6,8 +6,9 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perta_fast.cli.command import Option, Outcome, made
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Option, Outcome, conditions, keywords, made, name_list, number_list
+from perta_fast.cli.options import conditions, keywords, name_list, number_list
 from perta_fast.cli.parser import given_options
 from perta_fast.errors import InputError, printable
 from perta_fast.rules import DEFAULT_RETAIN_RISE

@@ -2,7 +2,7 @@
 
 import argparse
 
-from perta_fast.cli.options import Command, Option
+from perta_fast.cli.command import Command, Option
 from perta_fast.cli.parser import CommandParser
 from perta_fast.errors import InputError
 

@@ -4,9 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from perta_fast.cli.command import Command, Option, flag
 from perta_fast.cli.importing import importing
 from perta_fast.cli.libraries import bars_of_libraries
-from perta_fast.cli.options import Command, Option, flag, keywords
+from perta_fast.cli.options import keywords
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from perta_fast.cli.command import Command, Option, Outcome, flag, made
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import (
     CHAT,
@@ -14,14 +15,9 @@ from perta_fast.cli.options import (
     JSON,
     LIMITS,
     SHOW_LABELS,
-    Command,
-    Option,
-    Outcome,
     check_streamed,
-    flag,
     forecast_shown,
     keywords,
-    made,
 )
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import printable

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perta_fast.cli import options
+from perta_fast.cli.command import Command, Option, Outcome, made
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Command, Option, Outcome, check_streamed, forecast_shown, keywords, made
+from perta_fast.cli.options import check_streamed, forecast_shown, keywords
 from perta_fast.cli.parser import given_options
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, printable_lines

@@ -29,9 +29,9 @@ from perta_fast.cli import (
     unlearn,
     verify,
 )
+from perta_fast.cli.command import Command, Outcome
 from perta_fast.cli.importing import INTERRUPTED, INTERRUPTED_MESSAGE
 from perta_fast.cli.libraries import bars_of_libraries
-from perta_fast.cli.options import Command, Outcome
 from perta_fast.cli.parser import whole_parser
 from perta_fast.cli.show_labels import show_labels
 from perta_fast.cli.streams import ShownStream, shown_streams

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.command import Command, Option, Outcome, made
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import DOWNLOAD, OUTPUT, RESULT, Command, Option, Outcome, keywords, made
+from perta_fast.cli.options import DOWNLOAD, OUTPUT, RESULT, keywords
 
 _SHARED = ("link_unchanged", "drop_cache", "threads", "allow_zero")
 

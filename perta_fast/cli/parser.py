@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence, Set
 from typing import Any, NoReturn
 
-from perta_fast.cli.options import Command, add_options, nearest
+from perta_fast.cli.command import Command, add_options, nearest
 from perta_fast.cli.recipe_options import RECIPE, arguments_from, settings_for
 
 _DESCRIPTION = "Make a language model forget what it was tuned on, by arithmetic on its weights."

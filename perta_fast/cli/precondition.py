@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perta_fast.cli.command import Command, Option, Outcome, made
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import (
     BATCH_SIZE,
@@ -18,14 +19,10 @@ from perta_fast.cli.options import (
     OUTPUT,
     SHOW_LABELS,
     STREAM,
-    Command,
-    Option,
-    Outcome,
     check_streamed,
     conditions,
     forecast_shown,
     keywords,
-    made,
 )
 from perta_fast.rules import DEFAULT_MU
 

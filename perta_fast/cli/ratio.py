@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from perta_fast.cli import options
+from perta_fast.cli.command import Command, Option, Outcome, made
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Command, Option, Outcome, made
 from perta_fast.dtypes import STORED_TYPES
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli import unlearn
-from perta_fast.cli.options import JSON, Command, Option, Outcome, flag
+from perta_fast.cli.command import Command, Option, Outcome, flag
+from perta_fast.cli.options import JSON
 from perta_fast.cli.recipe_options import MAKE_NOTHING, alternatives, options_of, required
 from perta_fast.errors import printable
 

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perta_fast.cli.options import JSON, Command, Option, nearest
+from perta_fast.cli.command import Command, Option, nearest
+from perta_fast.cli.options import JSON
 from perta_fast.errors import InputError
 
 if TYPE_CHECKING:

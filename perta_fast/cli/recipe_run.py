@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perta_fast.cli import resume, sweep, unlearn
-from perta_fast.cli.options import Outcome
+from perta_fast.cli.command import Outcome
 from perta_fast.cli.parser import parser_of
 from perta_fast.cli.recipe_plan import Plan, Way, plan
 from perta_fast.cli.recipe_results import differs_in, is_half_made, is_there, state_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perta_fast.cli import report, tune, unlearn
-from perta_fast.cli.options import Command, Option
+from perta_fast.cli.command import Command, Option
 from perta_fast.cli.parser import parser_of
 from perta_fast.cli.recipe_options import arguments_from, options_of
 from perta_fast.files.hub import is_name

@@ -6,7 +6,7 @@ from pathlib import Path
 from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.cli import eval, report, sweep, tune, unlearn
-from perta_fast.cli.options import Command, nearest
+from perta_fast.cli.command import Command, nearest
 from perta_fast.cli.recipe_checks import check_settings
 from perta_fast.cli.recipe_options import MAKE_NOTHING, arguments_from, options_of, required, with_shared
 from perta_fast.cli.recipe_section import Section

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.command import Command, Option, flag
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import FIELDS, QUIET, Command, Option, flag, keywords
+from perta_fast.cli.options import FIELDS, QUIET, keywords
 from perta_fast.errors import printable
 
 

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.command import Command, Option, Outcome, made
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import JSON, QUIET, Command, Option, Outcome, made
+from perta_fast.cli.options import JSON, QUIET
 
 
 def run(parsed: argparse.Namespace) -> Outcome:

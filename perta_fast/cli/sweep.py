@@ -6,19 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli import options
+from perta_fast.cli.command import Command, Option, Outcome, flag
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import (
-    JSON,
-    Command,
-    Option,
-    Outcome,
-    check_streamed,
-    flag,
-    forecast_shown,
-    keywords,
-    name_list,
-    number_list,
-)
+from perta_fast.cli.options import JSON, check_streamed, forecast_shown, keywords, name_list, number_list
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import printable, shell_command
 from perta_fast.rules import PRECONDITIONED, Rule

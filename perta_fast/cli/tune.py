@@ -4,23 +4,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from perta_fast.cli.command import Command, Option, Outcome, flag, made
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import (
-    CHAT,
-    DEVICE,
-    DOWNLOAD,
-    FIELDS,
-    MAX_LENGTH,
-    OUTPUT,
-    SHOW_LABELS,
-    Command,
-    Option,
-    Outcome,
-    flag,
-    keywords,
-    made,
-    name_list,
-)
+from perta_fast.cli.options import CHAT, DEVICE, DOWNLOAD, FIELDS, MAX_LENGTH, OUTPUT, SHOW_LABELS, keywords, name_list
 
 
 def run(parsed: argparse.Namespace) -> Outcome:

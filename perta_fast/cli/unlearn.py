@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from perta_fast import compiled
 from perta_fast.cli import choosing, options
+from perta_fast.cli.command import Command, Option, Outcome, made
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Command, Option, Outcome, check_streamed, forecast_shown, keywords, made
+from perta_fast.cli.options import check_streamed, forecast_shown, keywords
 from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError

@@ -4,8 +4,9 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from perta_fast.cli.command import Command, Option, Outcome, flag
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import JSON, Command, Option, Outcome, flag
+from perta_fast.cli.options import JSON
 
 
 def run(parsed: argparse.Namespace) -> Outcome:

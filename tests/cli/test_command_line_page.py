@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from perta_fast import cli
+from perta_fast.cli.command import Command
 from perta_fast.cli.importing import INTERRUPTED
 from perta_fast.cli.main import COMMANDS
-from perta_fast.cli.options import Command
 
 pytest.importorskip("mkdocs", reason="the page is made by a hook of mkdocs")
 

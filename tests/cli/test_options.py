@@ -9,8 +9,8 @@ import pytest
 
 from perta_fast import apply, choose, estimate_importance, evaluate, precondition, sweep, tune, unlearn
 from perta_fast.cli import choosing
+from perta_fast.cli.command import Option
 from perta_fast.cli.main import COMMANDS
-from perta_fast.cli.options import Option
 from perta_fast.cli.parser import parser_of
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

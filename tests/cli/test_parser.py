@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from perta_fast import cli
+from perta_fast.cli.command import Command
 from perta_fast.cli.main import COMMANDS
 from perta_fast.cli.option_groups import GROUP_OF, LONG, TITLES
-from perta_fast.cli.options import Command
 from perta_fast.runs import inspect
 
 

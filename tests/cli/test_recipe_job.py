@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from perta_fast import cli
-from perta_fast.cli.options import Command, Option
+from perta_fast.cli.command import Command, Option
 from perta_fast.cli.recipe_options import options_of, with_shared
 from perta_fast.cli.recipe_sections import COMMANDS, sections_of
 from perta_fast.errors import RunError

@@ -10,8 +10,8 @@ import pytest
 
 import perta_fast
 from perta_fast import cli
+from perta_fast.cli.command import Command
 from perta_fast.cli.main import _explain, _spellings
-from perta_fast.cli.options import Command
 from perta_fast.cli.recipe_options import options_of
 from perta_fast.cli.recipe_sections import COMMANDS
 from perta_fast.errors import InputError
