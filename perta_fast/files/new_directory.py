@@ -22,10 +22,12 @@ RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"
 SWEEP_RECORD = "begun.json"
 EVALUATION_STATE, EVALUATION_RECORD = ".perta-evaluation", "begun.json"  # beside an output file
 TUNING_STATE, TUNING_RECORD = ".perta-tuning", "begun.json"  # below the directory that is built
+# Below the directory that θ_f is built in, with a walk that preconditions: the same command goes on with it.
+PRECONDITIONING_STATE, PRECONDITIONING_RECORD = ".perta-preconditioning", "begun.json"
 RESULT = "result"  # the output file there, until it gets its name
 _KEPT_STATE, _KEPT_RECORD = ".perta-importance", "run.json"  # importances that a run writes, and keeps: names the run
 _RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD, EVALUATION_STATE: EVALUATION_RECORD}
-_RECORDS |= {TUNING_STATE: TUNING_RECORD, _KEPT_STATE: _KEPT_RECORD}
+_RECORDS |= {TUNING_STATE: TUNING_RECORD, PRECONDITIONING_STATE: PRECONDITIONING_RECORD, _KEPT_STATE: _KEPT_RECORD}
 START_OVER = "start over with ‹overwrite›"
 
 
@@ -36,9 +38,10 @@ class OutputDirectory:
     ``path``, unless ``keep`` is set because the run can be resumed. After a kill ``path`` stays: the next run to
     ``final`` empties it, or goes on with it if ``resume``.
 
-    again: ``RUN_STATE`` if the caller knows that an unfinished run to ``final`` holds no work. run: the destination of
-    the run that keeps importances in ``final``. It is recorded, in ``final`` too until ``forget_run``: others give the
-    importances up only if ``overwrite``, as they do with an unfinished run to ``final``.
+    again: states of an unfinished run to ``final`` that the caller knows to hold no work, or to be its own. run: the
+    destination of the run that keeps importances in ``final``. It is recorded, in ``final`` too until ``forget_run``:
+    others give the importances up only if ``overwrite``, as they do with an unfinished run to ``final``. going_on: what
+    goes on with a run that is kept; "" is ``perta resume``.
 
     Raises InputError as ``check_output`` and ``check_unfinished`` do, RunError if the directory cannot be written.
     """
@@ -50,8 +53,9 @@ class OutputDirectory:
         overwrite: bool = False,
         inputs: Iterable[Path] = (),
         resume: bool = False,
-        again: str = "",
+        again: Collection[str] = (),
         run: Path | None = None,
+        going_on: str = "",
     ) -> None:
         self.final = Path(os.path.realpath(checked_path(final)))  # behind a link, so that the link stays
         _check_place(self.final, overwrite=overwrite, inputs=inputs)
@@ -61,6 +65,8 @@ class OutputDirectory:
         self.path, self._replaced = partial_path(self.final), _replaced_path(self.final)
         self.keep = self._resume = resume
         self._overwrite = overwrite
+        self._gives_up_walk = overwrite and PRECONDITIONING_STATE not in again and not resume
+        self._going_on = going_on
         self._complete = False
         self._locked = ExitStack()
 
@@ -68,6 +74,8 @@ class OutputDirectory:
         with beginning(self.final, self._locked):
             self.final.parent.mkdir(parents=True, exist_ok=True)
             take(self.path, self._locked, resume=self._resume)
+            if self._gives_up_walk:
+                _discard_walk(self.final)
             remove_replaced(self.final)
             if self._run is not None and not self._resume:
                 (self.path / _KEPT_STATE).mkdir()
@@ -75,6 +83,10 @@ class OutputDirectory:
                 sync(self.path)  # the run looks for this record when it is resumed
                 sync(self.path.parent)
         return self
+
+    def keep_on_error(self) -> None:
+        """From now on an error keeps what is there, also one that the same run would meet again."""
+        self.keep = self._resume = True
 
     def commit(self) -> None:
         """Flush everything, then rename: the old directory aside if ``overwrite``, the new one to its name."""
@@ -102,7 +114,7 @@ class OutputDirectory:
 
     def _rest(self, unnamed: bool) -> str:
         """What to do after an error. unnamed: all is written, but could not be renamed."""
-        finish = f"finish it with: {shell_command('perta', 'resume', self.final)}"
+        finish = f"finish it with: {self._going_on or shell_command('perta', 'resume', self.final)}"
         if not unnamed:
             return finish if self.keep else "nothing was left behind"
         if not self.keep:
@@ -153,13 +165,20 @@ def has_record(final: Path, state: str) -> bool:
     return bool(final.name) and exists(partial_path(final) / state / _RECORDS[state])
 
 
-def has_unfinished(final: Path, again: str = "", run: Path | None = None) -> bool:
-    """Whether ``perta resume`` could finish something at ``final``. again, run: as in ``OutputDirectory``."""
+def has_unfinished(final: Path, again: Collection[str] = (), run: Path | None = None) -> bool:
+    """Whether a run to ``final`` was stopped that can go on. again, run: as in ``OutputDirectory``."""
     keeping = keeping_run(final)
     if keeping is not None and (run is None or not is_same(keeping, run)):
         return True
     states = (RUN_STATE, SWEEP_STATE, EVALUATION_STATE, TUNING_STATE)
-    return any(has_record(final, state) for state in states if state != again)
+    if any(has_record(final, state) for state in states if state not in again):
+        return True
+    return PRECONDITIONING_STATE not in again and has_walk(final)
+
+
+def has_walk(final: Path) -> bool:
+    """Whether a walk was stopped that preconditions for a result at ``final``, or makes θ_f there."""
+    return any(has_record(place, PRECONDITIONING_STATE) for place in (final, importance_path(final)) if final.name)
 
 
 def keeping_run(final: Path) -> Path | None:
@@ -193,7 +212,7 @@ def _recorded_run(directory: Path) -> Path | None:
 
 
 def check_unfinished(
-    final: Path, *, overwrite: bool, again: str = "", run: Path | None = None, instead: str = START_OVER
+    final: Path, *, overwrite: bool, again: Collection[str] = (), run: Path | None = None, instead: str = START_OVER
 ) -> None:
     """Raise InputError, with the command that finishes it, if a run or sweep to ``final`` was stopped.
 
@@ -207,19 +226,32 @@ def check_unfinished(
 def unfinished_advice(final: Path, instead: str = START_OVER) -> str:
     """What to do about another run's unfinished work."""
     run = keeping_run(final)
-    finishing = shell_command("perta", "resume", run or final)
+    finishing = f"finish it with: {shell_command('perta', 'resume', run or final)}"
+    if run is None and has_walk(final) and not has_unfinished(final, (PRECONDITIONING_STATE,)):
+        finishing = "finish it with the command that began it"
     what = "to this place" if run is None else "which keeps its importances here"
     if run is not None and instead == START_OVER:
         instead = "give it up with ‹overwrite›"
-    return f"{final}: another run {what} was stopped; finish it with: {finishing}, or {instead}"
+    return f"{final}: another run {what} was stopped; {finishing}, or {instead}"
 
 
 def discard_unfinished(final: Path) -> None:
     """Remove the unfinished run or sweep to ``final``, if there is one. Raises RunError if it is going on."""
     resolved = Path(os.path.realpath(final))
-    path = partial_path(resolved)
-    if not was_killed_early(path) and not has_unfinished(resolved):
-        return
+    walks = has_record(resolved, PRECONDITIONING_STATE)
+    if walks or has_unfinished(resolved, (PRECONDITIONING_STATE,)) or was_killed_early(partial_path(resolved)):
+        _discard(partial_path(resolved), resolved)
+    _discard_walk(resolved)
+
+
+def _discard_walk(final: Path) -> None:
+    """Remove the walk that was stopped and preconditions for a result at ``final``, if there is one."""
+    if final.name and has_record(importance_path(final), PRECONDITIONING_STATE):
+        _discard(scratch_path(final), final)
+
+
+def _discard(path: Path, final: Path) -> None:
+    """Remove the unfinished work in ``path``. Raises RunError if the run is going on."""
     check_own(path)
     try:
         with ExitStack() as locked:
@@ -349,6 +381,12 @@ def check_writable(path: Path) -> None:
 def scratch_path(destination: Path) -> Path:
     """Where a run to, or on, ``destination`` keeps importances that it removes at its end."""
     return partial_path(importance_path(destination))
+
+
+def remove_scratch(destination: Path) -> None:
+    """Remove these importances, or a θ_f with the state of its walk."""
+    forget(scratch_path(destination))
+    remove(scratch_path(destination))
 
 
 def importance_path(destination: Path) -> Path:

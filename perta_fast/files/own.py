@@ -18,7 +18,8 @@ from perta_fast.errors import InputError
 from perta_fast.files.mounts import mounts_in
 
 _OWN_NAME = re.compile(
-    r"\.(.+\.)?perta-(journal|run|sweep|evaluation|tuning|partial|replaced|importance|recipe)", re.DOTALL
+    r"\.(.+\.)?perta-(journal|run|sweep|evaluation|tuning|preconditioning|partial|replaced|importance|recipe)",
+    re.DOTALL,
 )
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # the latter: does not wait for a pipe's other end

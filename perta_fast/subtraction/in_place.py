@@ -28,7 +28,7 @@ from perta_fast.files.hashing import HashesInPassing, hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.mounts import mounts_in
-from perta_fast.files.new_directory import check_unfinished, partial_path, scratch_path
+from perta_fast.files.new_directory import PRECONDITIONING_STATE, check_unfinished, partial_path, remove_scratch
 from perta_fast.files.own import check_own, check_own_tree
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Bar, Progress
@@ -110,7 +110,7 @@ def finish_leftover_in_place(model: Path) -> Report | Leftover:
         is_due = report.check is not None and report.check.is_due
         made = {role for role in report.inputs if role == "tuned" or role.endswith("_importance")}
         if any(report.inputs[role].get("kept") is False for role in made):
-            remove(scratch_path(model))
+            remove_scratch(model)
     finally:
         if not is_due:
             clear_leftover(model, checked=True)
@@ -189,7 +189,8 @@ def _check_no_other_work(sources: Sources) -> None:
     """Raise InputError if a run to the model's directory was stopped, or an input lies where the journal will."""
     model = Path(os.path.realpath(sources.model.path))
     give_up = shell_command("rm", "-r", partial_path(model))
-    check_unfinished(model, overwrite=False, instead=f"give it up with: {give_up}")
+    again = (PRECONDITIONING_STATE,)  # a walk that was stopped sees that the model has changed
+    check_unfinished(model, overwrite=False, again=again, instead=f"give it up with: {give_up}")
     check_inputs_stay(model, [model / JOURNAL], sources.paths())
 
 
@@ -325,7 +326,7 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
     (journal / JOB).unlink()
     sync(journal)
     if job.temporary:
-        remove(scratch_path(model))
+        remove_scratch(model)
     return Report.load(model)
 
 

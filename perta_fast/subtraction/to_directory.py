@@ -18,7 +18,13 @@ from perta_fast.files.disk_space import FREE_MARGIN, check_space
 from perta_fast.files.durable import copy_range, remove, sync, write_fully
 from perta_fast.files.hashing import HashesInPassing
 from perta_fast.files.journal import JOB
-from perta_fast.files.new_directory import OutputDirectory, forget_run, remove_replaced, scratch_path
+from perta_fast.files.new_directory import (
+    PRECONDITIONING_STATE,
+    OutputDirectory,
+    forget_run,
+    remove_replaced,
+    remove_scratch,
+)
 from perta_fast.files.own import check_own, own_file
 from perta_fast.files.reading import drop_pages
 from perta_fast.memory import PeakMemory
@@ -59,7 +65,9 @@ def write_directory(
     """Do the whole run. Raises as ``apply``; Interrupted if stopped with a part done."""
     final = Path(job.final)
     with ranks.together("the output directory"):
-        target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths(), again=STATE)
+        # A temporary θ_f, of a walk that is done, lies beside the result.
+        again = (STATE, PRECONDITIONING_STATE) if job.temporary else (STATE,)
+        target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths(), again=again)
         if ranks.first:
             check_space({final: sources.model.size + FREE_MARGIN}, [target.path])
     return run_to_directory(job, sources, target, fill, ranks, prepare)
@@ -158,7 +166,7 @@ def _keep_only_shards(directory: Path, sources: Sources) -> None:
 def clear_up(final: Path, job: Job) -> None:
     """Remove what a finished run no longer needs."""
     if job.temporary:
-        remove(scratch_path(final))
+        remove_scratch(final)
     if isinstance(kept := job.stream.get("save"), str):
         forget_run(Path(kept), Path(job.final))
     remove(final / STATE)
