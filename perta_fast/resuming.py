@@ -12,6 +12,7 @@ from perta_fast.files.new_directory import (
     SWEEP_STATE,
     TUNING_STATE,
     has_record,
+    has_walk,
     keeping_run,
     partial_path,
 )
@@ -127,6 +128,8 @@ def _advice(destination: Path) -> str:
         record = record_beside(destination)
         going_on = load_begun(record).going_on(record)
         return f"; the settings that it is chosen from are not all scored: go on with: {going_on}"
+    if destination.name and has_walk(destination):
+        return "; its walk through the model was stopped: run the same command again, which goes on with it"
     if destination.name and exists(partial_path(destination)):
         return "; it was stopped before there was work to keep: run the same command again"
     return ""

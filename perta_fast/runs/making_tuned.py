@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,31 +13,34 @@ from torch import Tensor, nn
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.companions import TUNING
 from perta_fast.checkpoints.quantised import open_plain
-from perta_fast.data.chat import ChatSettings
-from perta_fast.data.forms import read_as
+from perta_fast.data.chat import ChatSettings, parse_date
+from perta_fast.data.forms import Fields, fields_text, read_as
 from perta_fast.data.given_data import Source
 from perta_fast.data.rows import Row
 from perta_fast.data.samples import Sample, row_count, truncated_count
+from perta_fast.dtypes import torch_dtype, torch_name
 from perta_fast.errors import InputError
-from perta_fast.files.durable import remove
 from perta_fast.files.reading import exists
 from perta_fast.memory import PeakMemory, return_freed_blocks
 from perta_fast.models.loading import Subject, load_subject, samples_and_told
-from perta_fast.preconditioning.input_moments import PHASE, input_moments
+from perta_fast.preconditioning.input_moments import input_moments
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.preconditioning.solve import preconditioned
+from perta_fast.preconditioning.unfinished import Begun, Work
 from perta_fast.preconditioning.vectors import FullVector, LowRankVector, TaskVector
-from perta_fast.progress import Bar, Progress
+from perta_fast.progress import Progress
 from perta_fast.records.report import DataRecord, Scalar, data_record, truncation_warnings
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.runs.estimate import open_skeleton
 from perta_fast.streaming.forecast.choice import schedule_for
 from perta_fast.streaming.forecast.costs import Load
 from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate
+from perta_fast.streaming.kept_walk import KeptWalk, LayeredVector, LayerWalk
 from perta_fast.streaming.layer_vector import LayerVector
-from perta_fast.streaming.linear_inputs import layer_moments
+from perta_fast.streaming.low_rank_layers import LowRankLayers
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
+from perta_fast.subtraction.inputs import Sources
 from perta_fast.tuning.adapter import linear_maps, share_left_out
 
 
@@ -66,13 +69,44 @@ class Making:
     subtract: bool = False
     threads: int = 1
 
-    def run(self, rows: Sequence[Row], digest: str, directories: Mapping[float, Path]) -> dict[float, Preconditioning]:
+    def work(self, mu: float, digest: str, fields: Fields | None, sources: Sources) -> Work:
+        """By what a streamed run for one mu is known again. digest: of the retain data; sources: with θ_0 and θ_f."""
+        settings = {
+            "‹base›": str(self.base.resolve()),
+            "‹tuned›": str(self.tuned.resolve()),
+            "the model whose inputs are seen": str(self.seen_at.resolve()),
+            "‹retain›": digest,
+            "‹fields›": None if fields is None else fields_text(fields),
+            "‹mu›": mu,
+            "‹batch_size›": self.batch_size,
+            "‹max_length›": self.max_length,
+            "‹system_prompt›": self.chat.system_prompt,
+            "‹date_string›": self.chat.date_string,
+            "‹device›": None if self.device is None else str(self.device),
+            "‹dtype›": None if self.dtype is None else torch_name(self.dtype),
+        }
+        config = sources.adapter_config
+        checkpoints = [sources.base, sources.tuned, open_plain(self.seen_at)]
+        return Work.of(settings, checkpoints, [] if config is None else [config])
+
+    def going_on(self, begun: Begun | None) -> "Making":
+        """With what the bits depend on as a stopped run has begun."""
+        if begun is None:
+            return self
+        chat = replace(self.chat, day=parse_date(begun.day))
+        return replace(self, chat=chat, device=begun.device, dtype=torch_dtype(begun.dtype))
+
+    def run(
+        self, rows: Sequence[Row], digest: str, directories: Mapping[float, Path], kept: KeptWalk | None = None
+    ) -> dict[float, Preconditioning]:
         """Write θ_f and its record into the directory of each mu; one pass over the retain data serves all.
 
-        rows, digest: of the retain data. A streamed run takes one mu.
+        rows, digest: of the retain data. kept: of a streamed run, which takes one mu.
         """
-        started, clock = now(), time.perf_counter()
+        started, clock, earlier = now(), time.perf_counter(), 0.0  # earlier: seconds of attempts that were stopped
         written: dict[float, tuple[int, float]] = {}  # maps, and what is kept of the norm
+        if self.memory is not None:
+            return_freed_blocks()
         with PeakMemory() as memory:
             subject, skeleton = self._load()
             samples, told = samples_and_told(subject, rows, self.max_length, self.chat, self.progress)
@@ -87,19 +121,20 @@ class Making:
                 for mu, directory in directories.items():
                     written[mu] = self._make(names, adapted, device, moments, mu, directory)
             else:
+                assert kept is not None
                 ((mu, directory),) = directories.items()
-                vector: TaskVector = adapted or LayerVector(
-                    list(maps), open_plain(self.base), open_plain(self.tuned), directory
-                )
-                batch_size = self._schedule(skeleton, samples, directory).batch_size
-                self._change_by_layer(vector, skeleton, maps, samples, batch_size, mu, directory / "scratch")
+                begun = kept.begun or self._begin(kept, skeleton, samples, directory, started)
+                batch_size, started, earlier = begun.batch_size, begun.started, begun.seconds
+                walk = LayerWalk(skeleton, maps, samples, mu, kept, directory, self.progress)
+                vector = self._layered(list(maps), adapted, directory)
+                walk.change(vector, begun, clock)
                 written[mu] = self._write(vector, directory)
         settings: dict[str, Scalar | None] = {"batch_size": batch_size, "stream": self.stream}
         settings |= {"max_length": self.max_length, "device": str(device)}
         settings |= {"system_prompt": self.chat.system_prompt, "date": told.date}
         data = data_record(self.retain, digest, row_count(samples), truncated_count(samples), read_as(list(rows)))
         records = {}
-        for mu, (count, kept) in written.items():
+        for mu, (count, share) in written.items():
             records[mu] = Preconditioning(
                 base=str(self.base.resolve()),
                 tuned=str(self.tuned.resolve()),
@@ -107,9 +142,9 @@ class Making:
                 retain=data,
                 settings={"mu": mu, **settings},
                 linear_maps=count,
-                kept=kept,
+                kept=share,
                 warnings=_warnings(data, missed),
-                seconds=time.perf_counter() - clock,
+                seconds=earlier + time.perf_counter() - clock,
                 memory=memory.as_dict(),
                 versions=installed_versions(),
                 started=started,
@@ -157,8 +192,6 @@ class Making:
     def _schedule(self, skeleton: Skeleton, samples: Sequence[Sample], directory: Path) -> Schedule:
         load = Load([[len(sample.input_ids) for sample in samples]], subtract=self.subtract)
         low_rank = is_adapter(self.tuned)
-        if self.memory is not None:
-            return_freed_blocks()
         return schedule_for(
             PreconditioningEstimate(skeleton, load, skeleton.device, low_rank=low_rank, threads=self.threads),
             self.batch_size,
@@ -169,21 +202,28 @@ class Making:
             self.progress is True,
         )
 
-    def _change_by_layer(
-        self,
-        vector: TaskVector,
-        skeleton: Skeleton,
-        maps: Mapping[str, nn.Module],
-        samples: Sequence[Sample],
-        batch_size: int,
-        mu: float,
-        scratch: Path,
-    ) -> None:
-        parts = len(skeleton.layers) + 1
-        with Bar(parts * len(samples), PHASE, self.progress, "step") as bar:
-            for moments in layer_moments(skeleton, maps, samples, batch_size, scratch, bar.update):
-                _change(vector, moments, mu)
-        remove(scratch)
+    def _layered(self, names: Sequence[str], adapted: LowRankVector | None, directory: Path) -> LayeredVector:
+        if adapted is not None:
+            return LowRankLayers(adapted)
+        return LayerVector(names, open_plain(self.base), open_plain(self.tuned), directory)
+
+    def _begin(
+        self, kept: KeptWalk, skeleton: Skeleton, samples: Sequence[Sample], directory: Path, started: str
+    ) -> Begun:
+        """A walk from the first layer on."""
+        assert self.chat.day is not None
+        return Begun(
+            settings=kept.work.settings,
+            inputs=kept.work.inputs,
+            versions=kept.work.versions,
+            started=started,
+            day=self.chat.day.isoformat(),
+            overwrite=kept.overwrite,
+            device=str(skeleton.device),
+            dtype=torch_name(skeleton.model.dtype),
+            batch_size=self._schedule(skeleton, samples, directory).batch_size,
+            torch_threads=torch.get_num_threads(),
+        )
 
     def _write(self, vector: TaskVector, directory: Path) -> tuple[int, float]:
         """Write θ_f; returns how many maps it has, and how much of the norm of the task vector is kept."""

@@ -1,5 +1,7 @@
 """``precondition``: everything is checked before the model is loaded."""
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +21,10 @@ from perta_fast.files.apart import check_name
 from perta_fast.files.disk_space import check_space
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.hub import local_model
-from perta_fast.files.new_directory import OutputDirectory
-from perta_fast.files.reading import exists
+from perta_fast.files.new_directory import PRECONDITIONING_STATE, OutputDirectory, check_replaceable, partial_path
+from perta_fast.files.reading import checked_path, exists
 from perta_fast.preconditioning.record import Preconditioning
+from perta_fast.preconditioning.unfinished import Begun, commit_walk, going_on, kept_if_stopped
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.declared import checked_arguments
 from perta_fast.records.file_record import FileRecord
@@ -79,6 +82,8 @@ def precondition(
     checkpoint, two models in float32. With ``stream`` that of one layer, and the disk holds the hidden states of all
     tokens at two layers. Raises InputError for bad input, NotFiniteError if an input of a map is not finite, RunError
     if ``out`` cannot be written, or an input changes meanwhile. Then, or after an interrupt, nothing is left behind.
+    But with ``stream``, the layers that were done are kept (``errors.Interrupted``), and the same call without
+    ``overwrite`` goes on with them.
 
     Source: SAGE (arXiv 2606.18309).
     """
@@ -92,7 +97,19 @@ def precondition(
     source = source_of(retain, download, "retain")
     model = base if model is None else local_model(model, download)
     check_name(out)
-    target = OutputDirectory(out, overwrite=overwrite, inputs=[base, tuned, model, *data_files(source)])
+    final = Path(os.path.realpath(checked_path(out)))
+    begun = Begun.load(partial_path(final) / PRECONDITIONING_STATE) if stream and not overwrite else None
+    if begun is not None and begun.overwrite:
+        check_replaceable(final, [PRECONDITIONING], "the walk")
+        overwrite = True
+    how = going_on(source, overwrite)
+    target = OutputDirectory(
+        final,
+        overwrite=overwrite,
+        inputs=[base, tuned, model, *data_files(source)],
+        resume=begun is not None,
+        going_on=how,
+    )
     check_tuned(base, tuned)
     sources = Sources.open(base, base, tuned, common_rows=True)
     seen = open_loadable(model)
@@ -117,12 +134,30 @@ def precondition(
         memory=memory,
         device_memory=device_memory,
     )
-    with target:
-        (record,) = making.run(rows, digest, {float(mu): target.path}).values()
-        check_sources_as_opened(sources)
-        check_as_opened([seen])
-        target.commit()
+    kept = None
+    if stream:
+        from perta_fast.streaming.kept_walk import KeptWalk
+
+        work = making.work(float(mu), digest, fields, sources)
+        if begun is not None:
+            begun.check_work(work, final)
+
+        def keep() -> None:
+            target.keep = True
+
+        folder = target.path / PRECONDITIONING_STATE
+        kept = KeptWalk(folder, work, begun, overwrite, partial(_check_as_opened, sources, seen), keep)
+    with kept_if_stopped(target, how), target:
+        (record,) = making.going_on(begun).run(rows, digest, {float(mu): target.path}, kept).values()
+        _check_as_opened(sources, seen)
+        commit_walk(target)
     return record
+
+
+def _check_as_opened(sources: Sources, seen: Checkpoint) -> None:
+    """Raise RunError if an input has changed since it was opened."""
+    check_sources_as_opened(sources)
+    check_as_opened([seen])
 
 
 def check_tuned(base: Path, tuned: Path) -> None:

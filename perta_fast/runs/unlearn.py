@@ -109,8 +109,8 @@ def unlearn(
     ``estimate_importance``.
 
     Everything is checked before the first gradient. Returns the report, which is also in ``out``. Raises InputError for
-    bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can finish;
-    otherwise nothing is left behind except a finished ``save_importance``.
+    bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that goes on: its text says
+    whether ``resume`` or the same call does so. Otherwise nothing is left behind except a finished ``save_importance``.
     Disk: the output and, during the run, 8 bytes a parameter; with ``stream`` hidden states instead (in place or with
     ``whole_importance``, both).
     Rule ``preconditioned`` takes 4 bytes for each number in ``tuned``.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.data.samples import row_count
-from perta_fast.files.new_directory import OutputDirectory, importance_path
+from perta_fast.files.new_directory import PRECONDITIONING_STATE, OutputDirectory, importance_path
 from perta_fast.importance.ratio import SIDES, ImportanceRatio
 from perta_fast.records.removal import Removal
 from perta_fast.records.report import Report
@@ -32,7 +32,11 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
         with ranks.together("the directory of the importances"):
             place = importance_path(final) if options.makes_temporary else options.save_importance  # removed, or kept
             assert place is not None
-            importances = OutputDirectory(place, overwrite=not options.makes_temporary and options.overwrite)
+            importances = OutputDirectory(
+                place,
+                overwrite=not options.makes_temporary and options.overwrite,
+                again=(PRECONDITIONING_STATE,),  # of a run that is given up, as was checked
+            )
             if ranks.first:
                 entered.enter_context(importances)
         _estimate(loaded, importances.path)

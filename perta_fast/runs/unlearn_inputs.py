@@ -17,7 +17,14 @@ from perta_fast.dtypes import torch_name
 from perta_fast.files.apart import check_inputs_stay
 from perta_fast.files.disk_space import FREE_MARGIN, check_space
 from perta_fast.files.journal import JOURNAL
-from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, leftovers, scratch_path
+from perta_fast.files.new_directory import (
+    PRECONDITIONING_STATE,
+    check_output,
+    check_unfinished,
+    importance_path,
+    leftovers,
+    scratch_path,
+)
 from perta_fast.files.own import check_own
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.kept_form import KeptForm
@@ -30,6 +37,7 @@ from perta_fast.runs import strength
 from perta_fast.runs.check import Checking
 from perta_fast.runs.encoded_rows import EncodedRows
 from perta_fast.runs.settings import Settings, check_changes, check_others, destination
+from perta_fast.runs.stopped_walk import stopped_walk, walks
 from perta_fast.runs.unlearn_options import Options
 from perta_fast.runs.whole_importance import WholeImportance
 from perta_fast.subtraction.in_place import check_in_place
@@ -71,8 +79,11 @@ class Opened:
             check_in_place(sources)
             check_inputs_stay(final, [final / JOURNAL], options.paths)
         else:
-            check_output(final, overwrite=may_replace(final, options.overwrite), inputs=options.paths)
-            check_unfinished(final, overwrite=options.overwrite, again=STATE)  # ``unlearn`` looks at runs itself
+            begun = stopped_walk(options, final)
+            replaces = may_replace(final, options.overwrite) or (begun is not None and begun.overwrite)
+            check_output(final, overwrite=replaces, inputs=options.paths)
+        again = (STATE, PRECONDITIONING_STATE) if walks(options) else (STATE,)  # ``unlearn`` looks at runs itself
+        check_unfinished(final, overwrite=options.overwrite, again=again)
         if (rule.estimator is not None or options.preconditions) and options.makes_temporary:
             check_own(importance_path(final))
             check_own(scratch_path(final))

@@ -2,24 +2,25 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
-from perta_fast.data.chat import ChatSettings, told_date
+from perta_fast.data.chat import ChatSettings, parse_date, told_date
 from perta_fast.data.rows import Row
 from perta_fast.errors import InputError
 from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import (
+    PRECONDITIONING_STATE,
     OutputDirectory,
     check_output,
     check_unfinished,
-    importance_path,
     unfinished_advice,
 )
-from perta_fast.files.reading import checked_path
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
+from perta_fast.preconditioning.unfinished import Begun, Work, commit_walk, going_on, kept_if_stopped
 from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.runs import strength
@@ -28,7 +29,10 @@ from perta_fast.runs.check import Checking
 from perta_fast.runs.making_tuned import Making
 from perta_fast.runs.precondition import check_scope, check_tuned, given_files, vector_size
 from perta_fast.runs.settings import threads_for
+from perta_fast.runs.stopped_walk import stopped_walk, vector_place, walks
 from perta_fast.runs.unlearn_inputs import Opened, data_records, encoded_rows
+from perta_fast.runs.unlearn_options import Options
+from perta_fast.streaming.kept_walk import KeptWalk
 from perta_fast.subtraction.changed_inputs import check_sources_as_opened
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.journal_directory import is_open
@@ -41,15 +45,20 @@ def unlearn_preconditioned(
 ) -> Report:
     """Precondition on the first rank, search for lam if none was given, subtract on all ranks. day: today."""
     asked, ranks, final = opened.options, opened.ranks, opened.settings.destination
+    threads = threads_for(asked.threads, ranks)
     with ranks.together("the opening of the inputs"):
         _check(opened)
+        begun = stopped_walk(asked, final)
+        day = day if begun is None else parse_date(begun.day)
+        walking = _Walking.of(opened, hashes["retain"], _making(opened, day, threads), begun)
+        opened = replace(opened, settings=replace(opened.settings, overwrite=walking.overwrite))
         search = strength.StrengthSearch.begin(opened, rows, day)
     checking = Checking.of(asked, rows, day, ranks)
-    kept, threads = asked.save_tuned is not None, threads_for(asked.threads, ranks)
-    with ExitStack() as entered:
+    kept = asked.save_tuned is not None
+    with ranks.together("the directory of theta_f"):
+        target = walking.target(final)
+    with kept_if_stopped(target, walking.going_on), ExitStack() as entered:
         with ranks.together("the directory of theta_f"):
-            beside = importance_path(final)  # removed after the run
-            target = OutputDirectory(asked.save_tuned or beside, overwrite=kept and asked.overwrite)
             if ranks.first:
                 entered.enter_context(target)
         directory = target.path if kept else target.path / "tuned"
@@ -57,7 +66,7 @@ def unlearn_preconditioned(
         with ranks.together(PHASE):
             if ranks.first:
                 directory.mkdir(exist_ok=True)
-                record = _make(opened, rows["retain"], hashes["retain"], day, directory, threads)
+                record = walking.make(rows["retain"], directory, target)
         made: Preconditioning = ranks.share(record)
         given = opened.sources
         opened = _with_tuned(opened, directory, given)
@@ -69,10 +78,10 @@ def unlearn_preconditioned(
         with ranks.together("the files of theta_f"):
             files = given_files(given, opened.settings.threads or 1, asked.progress) if ranks.first else {}
         described = replace(made.in_report(), files=files)
-        if kept:  # only now, so that a run that is stopped earlier leaves nothing
+        if kept:  # only now, so that a run that is stopped earlier leaves nothing, or its walk to go on with
             with ranks.together("the directory of theta_f"):
                 if ranks.first:
-                    target.commit()
+                    commit_walk(target)
             opened = _with_tuned(opened, target.final, given)
 
         def annotate(report: Report) -> None:
@@ -95,9 +104,78 @@ def unlearn_preconditioned(
                 opened.sources, opened.rule, opened.settings, annotate=annotate, temporary=not kept, ranks=ranks
             )
         except BaseException:
-            target.keep = has_begun(final) or is_open(final)
+            target.keep = target.keep or has_begun(final) or is_open(final)
             raise
+        target.keep = False
     return report if checking is None else checking.finish(report)
+
+
+@dataclass(frozen=True)
+class _Walking:
+    """The making of θ_f: in memory, or in a walk that goes on with what a stopped one has ``begun``."""
+
+    opened: Opened
+    making: Making
+    digest: str
+    begun: Begun | None
+    work: Work | None
+
+    @classmethod
+    def of(cls, opened: Opened, digest: str, making: Making, begun: Begun | None) -> "_Walking":
+        """Raises InputError if ``begun`` is of other work. digest: of the retain data."""
+        options, work = opened.options, None
+        if walks(options):
+            work = making.work(_mu(options), digest, options.fields, opened.sources)
+            if begun is not None:
+                begun.check_work(work, opened.settings.destination)
+        return cls(opened, making.going_on(begun), digest, begun, work)
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether the run was told to replace what is at its place, or the stopped one was that it goes on with."""
+        return self.opened.options.overwrite or (self.begun is not None and self.begun.overwrite)
+
+    @property
+    def going_on(self) -> str:
+        """What goes on with the run once some of the walk is kept."""
+        return going_on(self.opened.options.data["retain"], self.overwrite)
+
+    def target(self, final: Path) -> OutputDirectory:
+        """The directory that θ_f is made in; it is removed after the run, unless it is kept."""
+        options = self.opened.options
+        return OutputDirectory(
+            vector_place(options, final),
+            overwrite=options.save_tuned is not None and self.overwrite,
+            resume=self.begun is not None,
+            again=(PRECONDITIONING_STATE,),  # of a run that is given up, as was checked
+            going_on=self.going_on if walks(options) else "",
+        )
+
+    def make(self, rows: list[Row], directory: Path, target: OutputDirectory) -> Preconditioning:
+        """Write θ_f into ``directory``, and the state of the walk into ``target``."""
+        kept = None
+        if self.work is not None:
+
+            def keep() -> None:
+                target.keep = True
+
+            kept = KeptWalk(
+                folder=target.path / PRECONDITIONING_STATE,
+                work=self.work,
+                begun=self.begun,
+                overwrite=self.overwrite,
+                unchanged=partial(check_sources_as_opened, self.opened.sources),
+                recorded=keep,
+            )
+        (record,) = self.making.run(rows, self.digest, {_mu(self.opened.options): directory}, kept).values()
+        if kept is not None:
+            target.keep_on_error()  # a run with another strength, or other parameters to change, needs no walk
+        return record
+
+
+def _mu(options: Options) -> float:
+    assert options.mu is not None
+    return float(options.mu)
 
 
 def _check(opened: Opened) -> None:
@@ -105,15 +183,16 @@ def _check(opened: Opened) -> None:
     options, final = opened.options, opened.settings.destination
     if not options.in_place and not options.overwrite and has_begun(final):
         raise InputError(unfinished_advice(final))
-    if options.save_tuned is None:
-        place = importance_path(final)
-    else:
-        place = checked_path(options.save_tuned)
+    place = vector_place(options, final)
+    if options.save_tuned is not None:
         _check_apart(place, opened)
-        check_output(place, overwrite=options.overwrite, inputs=[*options.paths, final])
-        check_unfinished(place, overwrite=options.overwrite)
+        begun = stopped_walk(options, final)
+        replaces = options.overwrite or (begun is not None and begun.overwrite)
+        again = (PRECONDITIONING_STATE,) if walks(options) else ()
+        check_output(place, overwrite=replaces, inputs=[*options.paths, final])
+        check_unfinished(place, overwrite=options.overwrite, again=again)
         if not options.in_place:
-            check_output(final, overwrite=options.overwrite, inputs=[place])
+            check_output(final, overwrite=replaces, inputs=[place])
     check_tuned(Path(options.base), Path(options.tuned))
     opened.check_disk({place: vector_size(Path(options.base), Path(options.tuned))})
 
@@ -152,11 +231,10 @@ def _check_scope(opened: Opened, sources: Sources) -> None:
         check_scope(sources)
 
 
-def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Path, threads: int) -> Preconditioning:
-    """Write the preconditioned θ_f into ``directory``."""
+def _making(opened: Opened, day: date, threads: int) -> Making:
+    """How θ_f is made. day: for chat templates that ask for the date."""
     options = opened.options
-    assert options.mu is not None
-    making = Making(
+    return Making(
         base=Path(options.base),
         tuned=Path(options.tuned),
         seen_at=Path(options.model if options.at == "model" else options.base),
@@ -174,5 +252,3 @@ def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Pa
         subtract=not options.in_place,  # which needs no room for a second copy
         threads=threads,
     )
-    (record,) = making.run(rows, digest, {float(options.mu): directory}).values()
-    return record

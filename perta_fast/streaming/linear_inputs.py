@@ -1,7 +1,6 @@
 """The inputs of linear maps, seen with the weights of one decoder layer in memory at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,26 +37,30 @@ def layer_moments(
     maps: Mapping[str, nn.Module],
     samples: Sequence[Sample],
     batch_size: int,
-    folder: Path,
+    scratch: ScratchFiles,
     advance: Callable[[int], Any],
+    first: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
-    """``input_moments`` of the maps of one layer after the other, the same bits; the first layer first.
+    """``input_moments`` of the maps of one layer after the other, the same bits; from layer ``first`` on.
 
-    folder: for the hidden states between layers, of all tokens, twice. advance: called with the number of samples that
-    a part of the model has been run for; there are ``len(skeleton.layers) + 1`` parts. Memory: the weights of one layer
-    and 4 d_in² bytes for each different input of its maps. Raises NotFiniteError as ``input_moments`` does.
+    scratch: for the hidden states between layers, of all tokens, twice. Those that a layer was given are there until
+    the caller ends the step; for a ``first`` above 0, those that this layer is given must be there. advance: called
+    with the number of samples that a part of the model has been run for; there are ``len(skeleton.layers) + 1`` parts.
+    Memory: the weights of one layer and 4 d_in² bytes for each different input of its maps. What is yielded is emptied
+    before the next layer. Raises NotFiniteError as ``input_moments`` does.
     """
     by_layer = layer_of_maps(skeleton, maps)
     batches = micro_batches(samples, batches_of_one_length(samples, batch_size), skeleton.device)
-    scratch, forward = ScratchFiles(folder), skeleton.partial_forward
+    forward = skeleton.partial_forward
     with forward.installed(), skeleton.in_memory(skeleton.resident):
-        with skeleton.in_memory(skeleton.vocabulary):
-            skeleton.check_chain(samples)
-            for batch in batches:
-                scratch.write("hidden-0", batch, forward.before_layers(batch.input_ids, batch.attention_mask))
-                advance(len(batch.numbers))
-        for number, of_layer in enumerate(by_layer):
-            moments = Moments()
+        if first == 0:
+            with skeleton.in_memory(skeleton.vocabulary):
+                skeleton.check_chain(samples)
+                for batch in batches:
+                    scratch.write("hidden-0", batch, forward.before_layers(batch.input_ids, batch.attention_mask))
+                    advance(len(batch.numbers))
+        for number in range(first, len(by_layer)):
+            moments, of_layer = Moments(), by_layer[number]
             with skeleton.in_memory(skeleton.by_layer[number]):
                 with moments.of(of_layer):
                     for batch in batches:
@@ -67,7 +70,8 @@ def layer_moments(
                         if number + 1 < len(by_layer):
                             scratch.write(f"hidden-{number + 1}", batch, result)
                         advance(len(batch.numbers))
-                scratch.discard(f"hidden-{number}")
-                scratch.end_step().remove_discarded()
                 means = moments.means(of_layer)
+            del moments
+            scratch.discard(f"hidden-{number}")
             yield means
+            means.clear()  # their memory is free for the next layer

@@ -6,8 +6,7 @@ job; a run with a job can be resumed.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -32,6 +31,7 @@ from perta_fast.streaming.kept_importance import KeptImportance
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.step_record import rank_path
+from perta_fast.streaming.torch_threads import torch_threads
 from perta_fast.streaming.walk import Walk, steps_of, steps_per_sample
 from perta_fast.streaming.write_behind import WalkRecord, WriteBehind, resume_walk
 from perta_fast.subtraction.inputs import Sources
@@ -148,7 +148,7 @@ class StreamedRun:
         shapes = skeleton.stored_shapes
         started = time.perf_counter()
         with (
-            _torch_threads(settings["torch_threads"]),
+            torch_threads(settings["torch_threads"]),
             KeptImportance.opened(
                 settings["save"],
                 _form_of(settings),
@@ -203,17 +203,6 @@ def _restore(passes: Mapping[str, DataPass], begun: WalkRecord, finished: bool, 
     with Bar(size, "check scratch", progress) as bar:
         for role, data in passes.items():
             data.restore({**records[role], "files": {}} if finished else records[role], bar.update)
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """As many threads as when the run began: the number decides the order of torch's sums, and so their bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _describe_time(report: Report, walk: Walk, writing: WriteBehind, seconds: float) -> None:

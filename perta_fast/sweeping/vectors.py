@@ -1,6 +1,8 @@
 """The θ_f that rule ``preconditioned`` subtracts, one for each mu of a sweep: made in one pass, kept until its end."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -8,9 +10,13 @@ from typing import TYPE_CHECKING
 from perta_fast.errors import RunError, advice
 from perta_fast.files.disk_space import check_space
 from perta_fast.files.durable import discard, move, remove, sync_tree
+from perta_fast.files.new_directory import PRECONDITIONING_STATE, forget
 from perta_fast.preconditioning.record import Preconditioning
+from perta_fast.preconditioning.unfinished import Begun, DamagedWalk
+from perta_fast.progress import LOGGER
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs.precondition import check_scope, vector_size
+from perta_fast.subtraction.changed_inputs import check_sources_as_opened
 from perta_fast.subtraction.scope import EVERYTHING, Scope
 from perta_fast.sweeping.opened import OpenedSweep, open_sources
 from perta_fast.sweeping.request import Request
@@ -97,22 +103,51 @@ class Vectors:
                 raise
             raise _no_room(error) from error
 
+    def _walk(self, making: "Making", opened: OpenedSweep, made: tuple[float, Path]) -> None:
+        """Write the θ_f of one mu, from where a walk that did the same work was stopped."""
+        from perta_fast.streaming.kept_walk import KeptWalk
+
+        (mu, directory), data = made, opened.data["retain"]
+        work = making.work(mu, data.digest, opened.request.fields, opened.sources)
+        folder = self._beside / PRECONDITIONING_STATE
+        kept = KeptWalk(folder, work, unchanged=partial(check_sources_as_opened, opened.sources))
+        try:
+            begun = Begun.load(folder)
+            if begun is not None and begun.is_of(work) and begun.day == opened.day.isoformat():
+                kept_on = replace(kept, begun=begun)
+                making.going_on(begun).run(data.rows, data.digest, {mu: directory}, kept_on)
+                return
+        except DamagedWalk:
+            LOGGER.warning("%s: what a walk has kept is damaged; it begins again", folder)
+        _make_anew(self._beside, [directory])
+        making.run(data.rows, data.digest, {mu: directory}, kept)
+
     def _write(self, making: "Making", opened: OpenedSweep, mus: Sequence[float]) -> None:
         """Write those of ``mus``, from one pass over the retain data."""
         request, data = opened.request, opened.data["retain"]
         beside = self._beside
-        remove(beside)  # of a sweep that was killed
         directories = {mu: beside / self.of(mu).name for mu in mus}
-        for directory in directories.values():
-            directory.mkdir(parents=True)
-        making.run(data.rows, data.digest, directories)
+        if request.stream:
+            self._walk(making, opened, *directories.items())
+        else:
+            _make_anew(beside, directories.values())
+            making.run(data.rows, data.digest, directories)
         if Scope.of(request.only, request.leave) != EVERYTHING:
             check_scope(open_sources(request, tuned=next(iter(directories.values()))))
         sync_tree(beside)
         self._folder.mkdir(exist_ok=True)
         for mu, directory in directories.items():
             move(directory, self.of(mu))
+        forget(beside)
         remove(beside)
+
+
+def _make_anew(beside: Path, directories: Iterable[Path]) -> None:
+    """Make empty directories in ``beside``, in place of what a sweep that was killed has left there."""
+    forget(beside)
+    remove(beside)
+    for directory in directories:
+        directory.mkdir(parents=True)
 
 
 def temporary_folder() -> "TemporaryDirectory[str]":

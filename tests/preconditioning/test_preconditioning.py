@@ -23,6 +23,7 @@ from perta_fast.preconditioning.input_moments import input_moments
 from perta_fast.preconditioning.solve import preconditioned
 from perta_fast.streaming.linear_inputs import layer_moments
 from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.scratch_files import ScratchFiles
 from perta_fast.tuning.adapter import linear_maps
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write
@@ -365,7 +366,7 @@ def test_streamed_moments_are_the_same_bits(family: str, tmp_path: Path) -> None
     skeleton = Skeleton.open(tmp_path / "model", torch.device("cpu"), None)
     maps, steps = linear_maps(skeleton.model, adapted=False), []
     found: dict[str, Tensor] = {}
-    for moments in layer_moments(skeleton, maps, samples, 4, tmp_path / "scratch", steps.append):
+    for moments in layer_moments(skeleton, maps, samples, 4, ScratchFiles(tmp_path / "scratch"), steps.append):
         found |= moments
     assert sum(steps) == 17 * (len(skeleton.layers) + 1)
     expected = input_moments(model, linear_maps(model, adapted=False), samples, 4)

@@ -13,10 +13,14 @@ import pytest
 import torch
 
 from perta_fast import InputError, Interrupted, RunError, Sweep, cli, resume, sweep
+from perta_fast.files.durable import read_record, write_record
+from perta_fast.files.new_directory import PRECONDITIONING_RECORD, PRECONDITIONING_STATE, SWEEP_STATE, partial_path
 from perta_fast.preconditioning.record import Preconditioning
+from perta_fast.preconditioning.unfinished import Begun
 from perta_fast.runs import estimate, making_tuned
 from perta_fast.streaming import scratch_files
 from perta_fast.streaming.forward import score_walk
+from perta_fast.streaming.kept_walk import KeptWalk
 from perta_fast.subtraction import in_place
 from perta_fast.sweeping import chosen_checkpoint, unfinished
 from perta_fast.sweeping import run as sweeping_run
@@ -173,6 +177,50 @@ def test_killed_by_a_signal(earlier: int, home: Job, whole: tuple[Sweep, Path], 
     assert cli.main(["resume", str(folder / "out"), "--quiet"]) == 0
     assert 0 < doings.counts["step"] <= ALL["step"] - earlier
     assert_same(Sweep.read(folder / "out" / "sweep.json"), whole, folder / "chosen")
+
+
+def walk_stopped(home: Job, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sweep that was stopped in the walk for its second θ_f; returns where that walk has kept its state."""
+    keep, seen = KeptWalk.keep, list[float]()
+
+    def stop_later(kept: KeptWalk, begun: Any) -> None:
+        keep(kept, begun)
+        seen.append(begun.settings["‹mu›"])
+        if len(seen) == 3:
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(KeptWalk, "keep", stop_later)
+        run(home)
+    assert seen == [1, 1, 10]
+    state = partial_path(home.model.parent.parent / "out") / SWEEP_STATE / "tuned.partial" / PRECONDITIONING_STATE
+    assert Begun.load(state) is not None
+    return state
+
+
+@pytest.mark.parametrize("damage", ["", "record", "layer", "other"])
+def test_stopped_in_the_walk_for_a_vector(
+    damage: str, home: Job, whole: tuple[Sweep, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on at its layer; a walk whose files are damaged, or of other work, begins again."""
+    state, kept = walk_stopped(home, monkeypatch), list[int]()
+    if damage == "record":
+        (state / PRECONDITIONING_RECORD).write_text("{}")
+    elif damage == "layer":
+        next(state.parent.glob("mu-*/model-00000.safetensors")).write_bytes(b"")
+    elif damage == "other":
+        record = read_record(state / PRECONDITIONING_RECORD)
+        write_record(state / PRECONDITIONING_RECORD, record | {"day": "2020-01-01"})
+    keep = KeptWalk.keep
+
+    def counted(walk: KeptWalk, begun: Any) -> None:
+        kept.append(begun.done)
+        keep(walk, begun)
+
+    monkeypatch.setattr(KeptWalk, "keep", counted)
+    folder = home.model.parent.parent
+    assert_same(resumed(folder / "out"), whole, folder / "chosen")
+    assert kept == ([1, 2] if damage else [2])
 
 
 def arguments(job: Job, folder: Path) -> list[object]:

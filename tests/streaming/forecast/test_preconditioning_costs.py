@@ -22,6 +22,7 @@ from perta_fast.streaming.linear_inputs import layer_moments, layer_of_maps
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
+from perta_fast.streaming.scratch_files import ScratchFiles
 from perta_fast.tuning.adapter import linear_maps
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build
@@ -110,8 +111,9 @@ def test_scratch_files(deep: Path, tmp_path: Path) -> None:
     def seen(_count: int) -> None:
         sizes.append(sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file()))
 
-    for _ in layer_moments(skeleton, linear_maps(skeleton.model, adapted=False), SAMPLES, 4, scratch, seen):
-        pass
+    files = ScratchFiles(scratch)
+    for _ in layer_moments(skeleton, linear_maps(skeleton.model, adapted=False), SAMPLES, 4, files, seen):
+        files.end_step().remove_discarded()
     assert estimate_of(deep).scratch(Schedule(4)) == max(sizes)
 
 
