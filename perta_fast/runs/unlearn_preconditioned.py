@@ -9,13 +9,14 @@ from pathlib import Path
 
 from perta_fast.data.chat import ChatSettings, parse_date, told_date
 from perta_fast.data.rows import Row
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, Interrupted
 from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import (
     PRECONDITIONING_STATE,
     OutputDirectory,
     check_output,
     check_unfinished,
+    discard_unfinished,
     unfinished_advice,
 )
 from perta_fast.preconditioning.input_moments import PHASE
@@ -60,6 +61,8 @@ def unlearn_preconditioned(
     with kept_if_stopped(target, walking.going_on), ExitStack() as entered:
         with ranks.together("the directory of theta_f"):
             if ranks.first:
+                if asked.overwrite and not asked.in_place:
+                    discard_unfinished(final)  # it would need the θ_f that is given up here
                 entered.enter_context(target)
         directory = target.path if kept else target.path / "tuned"
         record: Preconditioning | None = None
@@ -103,8 +106,13 @@ def unlearn_preconditioned(
             report = apply_sources(
                 opened.sources, opened.rule, opened.settings, annotate=annotate, temporary=not kept, ranks=ranks
             )
-        except BaseException:
+        except BaseException as error:
             target.keep = target.keep or has_begun(final) or is_open(final)
+            if kept and isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
+                raise Interrupted(
+                    f"interrupted; the preconditioned θ_f is complete, in {target.final}, and nothing was made of it. "
+                    "Subtract it with perta apply, rule tv and the strength"
+                ) from None
             raise
         target.keep = False
     return report if checking is None else checking.finish(report)

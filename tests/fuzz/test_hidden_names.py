@@ -366,7 +366,7 @@ def test_a_record_cannot_make_resume_replace_what_no_run_wrote(job: Job, elsewhe
 def test_a_record_behind_a_link_is_not_removed(inputs: Inputs, elsewhere: Path, tmp_path: Path) -> None:
     """A run that starts over removes the records of the one before first."""
     before = content(elsewhere)
-    for state in (".perta-run", ".perta-sweep", ".perta-tuning"):
+    for state in (".perta-run", ".perta-sweep", ".perta-tuning", ".perta-preconditioning"):
         (tmp_path / ".out.perta-partial").mkdir()
         (tmp_path / ".out.perta-partial" / state).symlink_to(elsewhere)
         apply(*inputs.checkpoints, rule="tv", out=tmp_path / "out", overwrite=True, progress=False)

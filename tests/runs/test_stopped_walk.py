@@ -21,6 +21,7 @@ from perta_fast.preconditioning.unfinished import Begun
 from perta_fast.runs import unlearn_preconditioned
 from perta_fast.streaming.kept_walk import KeptWalk
 from perta_fast.streaming.model.partial_forward import PartialForward
+from tests.distributed.launch import perta_on_ranks
 from tests.support.checkpoints import fingerprint
 from tests.support.children import perta, signal_at
 from tests.support.models import CHAT_TEMPLATE, RETAIN, Job, tokenizer, write_job, write_lines
@@ -146,6 +147,19 @@ def test_what_is_kept_is_the_same_too(is_adapter: bool, job: Job, tmp_path: Path
     unlearn(job, tmp_path / "out", save_tuned=tmp_path / "kept")
     assert contents(tmp_path / "kept") == contents(tmp_path / "expected")
     assert not pf.verify(tmp_path / "out", full=True, progress=False).problems
+
+
+def test_after_what_is_kept_has_its_name(job: Job, tmp_path: Path) -> None:
+    unlearn(job, tmp_path / "expected")
+    for stream in (True, False):
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(pf.Interrupted, match=r"complete, in .*/kept, and"):
+            patched.setattr(unlearn_preconditioned, "apply_sources", interrupt)
+            unlearn(job, tmp_path / "out", save_tuned=tmp_path / "kept", stream=stream)
+        assert names(tmp_path) == ["expected", "job", "kept"]
+        pf.apply(job.model, job.base, tmp_path / "kept", rule="tv", lam=3.0, out=tmp_path / "out", progress=False)
+        assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "kept")
 
 
 def test_in_place(job: Job, tmp_path: Path) -> None:
@@ -284,6 +298,21 @@ def test_overwrite_starts_over(job: Job, tmp_path: Path, layers: list[int]) -> N
         assert set(layers) == set(range(LAYERS))
         assert names(tmp_path) == ["job", "out"]
         shutil.rmtree(tmp_path / "out")
+
+
+def test_overwrite_gives_up_a_subtraction_too(job: Job, tmp_path: Path, layers: list[int]) -> None:
+    """It has begun with a θ_f that is not there any more."""
+    unlearn(job, tmp_path / "expected", mu=2.0)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(pf.Interrupted, match="perta resume"):
+        patched.setattr("perta_fast.subtraction.to_directory.describe_output", interrupt)
+        unlearn(job, tmp_path / "out")
+    with pytest.raises(pf.InputError, match="finish it with: perta resume"):
+        unlearn(job, tmp_path / "out")
+    stopped(unlearn, 2, job, tmp_path / "out", mu=2.0, overwrite=True)
+    layers.clear()
+    unlearn(job, tmp_path / "out", mu=2.0)
+    assert set(layers) == {2}
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_what_was_begun_with_overwrite_goes_on_without(job: Job, tmp_path: Path, layers: list[int]) -> None:
@@ -450,6 +479,21 @@ def test_killed(after: bool, job: Job, tmp_path: Path, arguments: list[object], 
     layers.clear()
     assert cli.main(list(map(str, arguments))) == 0
     assert set(layers) == set(range(1 + after, LAYERS))
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert names(tmp_path) == ["expected", "job", "out"]
+
+
+@pytest.mark.slow
+def test_several_processes_go_on(job: Job, tmp_path: Path, arguments: list[object]) -> None:
+    """The first of them walks, so that any number may."""
+    unlearn(job, tmp_path / "expected")
+    stopped(unlearn, 2, job, tmp_path / "out")
+    before = fingerprint(tmp_path)
+    refused = perta_on_ranks(2, *arguments, "--mu=2")
+    assert {end.status for end in refused} == {2}
+    assert "with other values of --mu" in "".join(end.errors for end in refused)
+    assert fingerprint(tmp_path) == before
+    assert [end.status for end in perta_on_ranks(2, *arguments)] == [0, 0]
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert names(tmp_path) == ["expected", "job", "out"]
 
