@@ -497,7 +497,7 @@ def test_unlearn_in_place_that_was_killed_before_its_last_removal(rule: str, job
     model = shutil.copytree(job.model, tmp_path / "model")
     given = {"model": model, "base": job.base, "tuned": job.tuned, "forget": job.forget, "retain": job.retain}
     paths = [text for name, path in given.items() for text in (f"--{name}", path)]
-    at_the_scratch = signal_at("SIGKILL", "subtraction.in_place.remove", earlier=1)
+    at_the_scratch = signal_at("SIGKILL", "subtraction.in_place.remove_scratch")
     killed = perta("unlearn", *paths, "--rule", rule, "--lam", "1", "--in-place", "--no-check", setup=at_the_scratch)
     assert killed.returncode == -9
     assert len(names(tmp_path)) == 2 and not is_open(model)
