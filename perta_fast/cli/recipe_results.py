@@ -5,7 +5,7 @@ from pathlib import Path
 
 from perta_fast.cli import sweep
 from perta_fast.cli.recipe_section import Section
-from perta_fast.files.new_directory import SWEEP_STATE, has_record
+from perta_fast.files.new_directory import SWEEP_STATE, has_record, has_walk
 from perta_fast.files.reading import exists
 from perta_fast.records.recipe_record import settings_of_result, state_of_result
 from perta_fast.resuming import is_unfinished
@@ -21,9 +21,10 @@ def is_there(section: Section) -> bool:
 
 
 def is_begun(section: Section) -> bool:
-    """Whether it was stopped with work done that can go on: of the result, or of the sweep that comes first."""
+    """Whether it was stopped with work done that can go on: of the result, or of what comes before it."""
     choosing = section.chooses and has_record(record_beside(section.result), SWEEP_STATE)
-    return choosing or is_half_made(section)
+    walks = [has_walk(Path(os.path.realpath(place))) for place in (section.result, *section.beside)]
+    return choosing or any(walks) or is_half_made(section)
 
 
 def is_half_made(section: Section) -> bool:

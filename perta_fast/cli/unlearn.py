@@ -87,12 +87,12 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
     Scope.of(parsed.only, parsed.leave).check(local_model(parsed.model, parsed.download))
     KeptForm.check_is_asked_for(parsed.save_as, parsed.importance_dtype, parsed.save_importance is not None)
     form = KeptForm.of(parsed.save_as, parsed.importance_dtype)
-    in_one_walk = whole is None and not parsed.in_place
+    in_one_walk, place = whole is None and not parsed.in_place, parsed.out or parsed.model
     forecast_of = partial(
         preview,
         parsed.model if resolved_at(parsed.rule, parsed.at) == "model" else parsed.base,
         estimator=estimator,
-        destination=parsed.out or parsed.model,
+        destination=place,
         conditions=options.conditions(parsed),
         subtract=in_one_walk,
         low_rank=preconditions and is_adapter(local_model(parsed.tuned, parsed.download)),
@@ -102,9 +102,10 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
     if preconditions or in_one_walk:
         kept_at = parsed.save_importance
         forecast = forecast_of(data, kept=0 if kept_at is None else form.width, kept_at=kept_at)
-    else:  # to files, one after the other
-        parts = ((f"the {role} importance:", forecast_of({role: data[role]}, kept=WIDTH)) for role in roles)
-        forecast = Forecast.joined(parts)
+    else:  # to files, one after the other; from a pair that is not kept, a ratio is made
+        pair = form.as_ratio or parsed.save_importance is None
+        to_files = partial(forecast_of, kept=WIDTH, destination=place if pair else parsed.save_importance)
+        forecast = Forecast.joined((f"the {role} importance:", to_files({role: data[role]})) for role in roles)
     return forecast if in_one_walk else forecast.followed_by(f"\n{_after_the_walk(whole, parsed.in_place)}")
 
 

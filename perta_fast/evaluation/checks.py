@@ -60,7 +60,7 @@ class Checked:
         _check_walkable(request)
         conventions = Conventions.named(request.compatible)
         replaces = overwrite or (request.out is not None and _goes_on_to_replace(request, Path(request.out)))
-        _check_out(request, replaces, (EVALUATION_STATE,) if resume or not overwrite else ())
+        _check_out(request, replaces, EVALUATION_STATE if resume or not overwrite else "")
         check_open_unlearning_files(request, overwrite=replaces or resume)
         gold = None if request.reference is None else EvaluationFile.read(request.reference)
         table = _table(request, gold, given)
@@ -150,7 +150,7 @@ def _goes_on_to_replace(request: Request, out: Path) -> bool:
     return begun is not None and begun.overwrite and begun.request == request
 
 
-def _check_out(request: Request, overwrite: bool, again: Sequence[str]) -> None:
+def _check_out(request: Request, overwrite: bool, again: str) -> None:
     """again: the state of an unfinished evaluation that is gone on with."""
     if request.out is None:
         return

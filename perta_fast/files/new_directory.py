@@ -2,8 +2,9 @@
 
 import errno
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice, shell_command
@@ -28,6 +29,7 @@ RESULT = "result"  # the output file there, until it gets its name
 _KEPT_STATE, _KEPT_RECORD = ".perta-importance", "run.json"  # importances that a run writes, and keeps: names the run
 _RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD, EVALUATION_STATE: EVALUATION_RECORD}
 _RECORDS |= {TUNING_STATE: TUNING_RECORD, PRECONDITIONING_STATE: PRECONDITIONING_RECORD, _KEPT_STATE: _KEPT_RECORD}
+_RESUMED = (RUN_STATE, SWEEP_STATE, EVALUATION_STATE, TUNING_STATE)  # by perta resume
 START_OVER = "start over with ‹overwrite›"
 
 
@@ -38,10 +40,10 @@ class OutputDirectory:
     ``path``, unless ``keep`` is set because the run can be resumed. After a kill ``path`` stays: the next run to
     ``final`` empties it, or goes on with it if ``resume``.
 
-    again: states of an unfinished run to ``final`` that the caller knows to hold no work, or to be its own. run: the
-    destination of the run that keeps importances in ``final``. It is recorded, in ``final`` too until ``forget_run``:
-    others give the importances up only if ``overwrite``, as they do with an unfinished run to ``final``. going_on: what
-    goes on with a run that is kept; "" is ``perta resume``.
+    again: ``RUN_STATE`` if the caller knows that an unfinished run to ``final`` holds no work. walk: the place of θ_f
+    whose stopped walk is the caller's own. run: the destination of the run that keeps importances in ``final``. It is
+    recorded, in ``final`` too until ``forget_run``: others give the importances up only if ``overwrite``, as they do
+    with an unfinished run to ``final``. going_on: what goes on with a run that is kept; "" is ``perta resume``.
 
     Raises InputError as ``check_output`` and ``check_unfinished`` do, RunError if the directory cannot be written.
     """
@@ -53,19 +55,21 @@ class OutputDirectory:
         overwrite: bool = False,
         inputs: Iterable[Path] = (),
         resume: bool = False,
-        again: Collection[str] = (),
+        again: str = "",
+        walk: Path | None = None,
         run: Path | None = None,
         going_on: str = "",
     ) -> None:
         self.final = Path(os.path.realpath(checked_path(final)))  # behind a link, so that the link stays
         _check_place(self.final, overwrite=overwrite, inputs=inputs)
+        self._check = partial(check_unfinished, self.final, overwrite=overwrite, again=again, walk=walk, run=run)
         if not resume:
-            check_unfinished(self.final, overwrite=overwrite, again=again, run=run)
+            self._check()
         self._run = run
         self.path, self._replaced = partial_path(self.final), _replaced_path(self.final)
         self.keep = self._resume = resume
         self._overwrite = overwrite
-        self._gives_up_walk = overwrite and PRECONDITIONING_STATE not in again and not resume
+        self._gives_up_walk = overwrite and not resume and walk != importance_path(self.final)
         self._going_on = going_on
         self._complete = False
         self._locked = ExitStack()
@@ -73,7 +77,7 @@ class OutputDirectory:
     def __enter__(self) -> "OutputDirectory":
         with beginning(self.final, self._locked):
             self.final.parent.mkdir(parents=True, exist_ok=True)
-            take(self.path, self._locked, resume=self._resume)
+            take(self.path, self._locked, resume=self._resume, check=self._check)
             if self._gives_up_walk:
                 _discard_walk(self.final)
             remove_replaced(self.final)
@@ -137,13 +141,17 @@ def beginning(final: Path, locked: ExitStack) -> Iterator[None]:
         raise RunError(f"{final}: cannot be written: {error.strerror}") from error
 
 
-def take(path: Path, locked: ExitStack, *, resume: bool) -> None:
-    """Make or take the directory of unfinished work, lock it until ``locked`` is closed, and check or empty it."""
+def take(path: Path, locked: ExitStack, *, resume: bool, check: Callable[[], object] = lambda: None) -> None:
+    """Make or take the directory of unfinished work, lock it until ``locked`` is closed, and check or empty it.
+
+    check: called before it is emptied; another run may have been there since it was looked at.
+    """
     make_own_directory(path)
     locked.callback(os.close, lock(path))
     if resume:
         check_own_tree(path)
         return
+    check()
     forget(path)
     for entry in path.iterdir():  # of a run that was killed, or is given up
         remove(entry)
@@ -165,20 +173,18 @@ def has_record(final: Path, state: str) -> bool:
     return bool(final.name) and exists(partial_path(final) / state / _RECORDS[state])
 
 
-def has_unfinished(final: Path, again: Collection[str] = (), run: Path | None = None) -> bool:
-    """Whether a run to ``final`` was stopped that can go on. again, run: as in ``OutputDirectory``."""
+def has_unfinished(final: Path, again: str = "", walk: Path | None = None, run: Path | None = None) -> bool:
+    """Whether a run to ``final`` was stopped that can go on. again, walk, run: as in ``OutputDirectory``."""
     keeping = keeping_run(final)
     if keeping is not None and (run is None or not is_same(keeping, run)):
         return True
-    states = (RUN_STATE, SWEEP_STATE, EVALUATION_STATE, TUNING_STATE)
-    if any(has_record(final, state) for state in states if state not in again):
-        return True
-    return PRECONDITIONING_STATE not in again and has_walk(final)
+    return any(has_record(final, state) for state in _RESUMED if state != again) or has_walk(final, walk)
 
 
-def has_walk(final: Path) -> bool:
-    """Whether a walk was stopped that preconditions for a result at ``final``, or makes θ_f there."""
-    return any(has_record(place, PRECONDITIONING_STATE) for place in (final, importance_path(final)) if final.name)
+def has_walk(final: Path, own: Path | None = None) -> bool:
+    """Whether a walk was stopped that preconditions for ``final``, or makes θ_f there; ``own`` is not counted."""
+    places = (final, importance_path(final)) if final.name else ()
+    return any(has_record(place, PRECONDITIONING_STATE) for place in places if place != own)
 
 
 def keeping_run(final: Path) -> Path | None:
@@ -212,14 +218,20 @@ def _recorded_run(directory: Path) -> Path | None:
 
 
 def check_unfinished(
-    final: Path, *, overwrite: bool, again: Collection[str] = (), run: Path | None = None, instead: str = START_OVER
+    final: Path,
+    *,
+    overwrite: bool,
+    again: str = "",
+    walk: Path | None = None,
+    run: Path | None = None,
+    instead: str = START_OVER,
 ) -> None:
     """Raise InputError, with the command that finishes it, if a run or sweep to ``final`` was stopped.
 
-    overwrite: no error. again, run: as in ``OutputDirectory``. instead: what else can be done.
+    overwrite: no error. again, walk, run: as in ``OutputDirectory``. instead: what else can be done.
     """
     resolved = Path(os.path.realpath(checked_path(final)))
-    if not overwrite and has_unfinished(resolved, again, run):
+    if not overwrite and has_unfinished(resolved, again, walk, run):
         raise InputError(unfinished_advice(resolved, instead))
 
 
@@ -227,7 +239,7 @@ def unfinished_advice(final: Path, instead: str = START_OVER) -> str:
     """What to do about another run's unfinished work."""
     run = keeping_run(final)
     finishing = f"finish it with: {shell_command('perta', 'resume', run or final)}"
-    if run is None and has_walk(final) and not has_unfinished(final, (PRECONDITIONING_STATE,)):
+    if run is None and only_a_walk(final):
         finishing = "finish it with the command that began it"
     what = "to this place" if run is None else "which keeps its importances here"
     if run is not None and instead == START_OVER:
@@ -235,11 +247,15 @@ def unfinished_advice(final: Path, instead: str = START_OVER) -> str:
     return f"{final}: another run {what} was stopped; {finishing}, or {instead}"
 
 
+def only_a_walk(final: Path) -> bool:
+    """Whether nothing but a walk was stopped that preconditions for ``final``, or makes θ_f there."""
+    return has_walk(final) and not any(has_record(final, state) for state in _RESUMED)
+
+
 def discard_unfinished(final: Path) -> None:
     """Remove the unfinished run or sweep to ``final``, if there is one. Raises RunError if it is going on."""
     resolved = Path(os.path.realpath(final))
-    walks = has_record(resolved, PRECONDITIONING_STATE)
-    if walks or has_unfinished(resolved, (PRECONDITIONING_STATE,)) or was_killed_early(partial_path(resolved)):
+    if was_killed_early(partial_path(resolved)) or has_unfinished(resolved, walk=importance_path(resolved)):
         _discard(partial_path(resolved), resolved)
     _discard_walk(resolved)
 

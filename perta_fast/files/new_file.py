@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from perta_fast.errors import InputError, RunError, shell_command
@@ -30,12 +30,12 @@ _OF_A_MODEL = re.compile(
 
 
 def check_output_file(
-    path: Path, endings: tuple[str, ...], *, overwrite: bool, inputs: Iterable[Path] = (), again: Collection[str] = ()
+    path: Path, endings: tuple[str, ...], *, overwrite: bool, inputs: Iterable[Path] = (), again: str = ""
 ) -> None:
     """Raise InputError if a command must not write ``path``.
 
     Its name must have one of the ``endings``: nobody replaces weights by mistake. inputs: files that it reads.
-    again: states of an unfinished run to ``path`` that the command can go on with.
+    again: the state of an unfinished run to ``path`` that the command can go on with.
     """
     checked_path(path)
     advice = f"name a file that ends in {' or '.join(endings)}"

@@ -140,6 +140,14 @@ def going_on(source: object, overwrite: bool) -> str:
     return "the same command" + ", without ‹overwrite›" * overwrite
 
 
+def check_record(target: OutputDirectory, begun: Begun | None) -> None:
+    """Raise RunError unless ``target``, which is locked, still has the record that ``begun`` was loaded from."""
+    there = Begun.load(target.path / PRECONDITIONING_STATE)
+    if there != begun:
+        target.keep = there is not None
+        raise RunError(f"{target.final}: another run has gone on with this walk meanwhile; see what is there now")
+
+
 def commit_walk(target: OutputDirectory) -> None:
     """Give a complete θ_f its name; the state of its walk goes."""
     sync_tree(target.path)  # first: a kill from here to the new name loses the walk

@@ -1,6 +1,7 @@
 """A preconditioned θ_f, written to disk: the inputs seen, the task vector changed, the record made."""
 
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from perta_fast.data.rows import Row
 from perta_fast.data.samples import Sample, row_count, truncated_count
 from perta_fast.dtypes import torch_dtype, torch_name
 from perta_fast.errors import InputError
+from perta_fast.files.new_directory import START_OVER
 from perta_fast.files.reading import exists
 from perta_fast.memory import PeakMemory, return_freed_blocks
 from perta_fast.models.loading import Subject, load_subject, samples_and_told
@@ -32,7 +34,7 @@ from perta_fast.progress import Progress
 from perta_fast.records.report import DataRecord, Scalar, data_record, truncation_warnings
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.runs.estimate import open_skeleton
-from perta_fast.streaming.forecast.choice import schedule_for
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule, schedule_for
 from perta_fast.streaming.forecast.costs import Load
 from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate
 from perta_fast.streaming.kept_walk import KeptWalk, LayeredVector, LayerWalk
@@ -123,6 +125,8 @@ class Making:
             else:
                 assert kept is not None
                 ((mu, directory),) = directories.items()
+                if kept.begun is not None:
+                    self._check_limits(skeleton, samples, kept.begun.batch_size)
                 begun = kept.begun or self._begin(kept, skeleton, samples, directory, started)
                 batch_size, started, earlier = begun.batch_size, begun.started, begun.seconds
                 walk = LayerWalk(skeleton, maps, samples, mu, kept, directory, self.progress)
@@ -189,11 +193,26 @@ class Making:
     def _full(self, names: Sequence[str], device: torch.device) -> FullVector:
         return FullVector(names, open_plain(self.base), self.tuned, device, self.progress)
 
-    def _schedule(self, skeleton: Skeleton, samples: Sequence[Sample], directory: Path) -> Schedule:
+    def _estimate(self, skeleton: Skeleton, samples: Sequence[Sample]) -> PreconditioningEstimate:
         load = Load([[len(sample.input_ids) for sample in samples]], subtract=self.subtract)
         low_rank = is_adapter(self.tuned)
+        return PreconditioningEstimate(skeleton, load, skeleton.device, low_rank=low_rank, threads=self.threads)
+
+    def _check_limits(self, skeleton: Skeleton, samples: Sequence[Sample], batch_size: int) -> None:
+        """Raise InputError if batches of this size, in which a stopped walk goes on, do not keep the limits."""
+        if self.memory is None and self.device_memory is None:
+            return
+        budget = Budget(sys.maxsize, self.memory, self.device_memory)
+        fitting = choose_schedule(self._estimate(skeleton, samples), batch_size, budget).schedule.batch_size
+        if fitting < batch_size:
+            raise InputError(
+                f"a walk that goes on keeps its batches of {batch_size}, and only {fitting} fit into ‹memory› and "
+                f"‹device_memory›; allow more, or {START_OVER}"
+            )
+
+    def _schedule(self, skeleton: Skeleton, samples: Sequence[Sample], directory: Path) -> Schedule:
         return schedule_for(
-            PreconditioningEstimate(skeleton, load, skeleton.device, low_rank=low_rank, threads=self.threads),
+            self._estimate(skeleton, samples),
             self.batch_size,
             directory,
             self.memory,

@@ -24,7 +24,7 @@ from perta_fast.files.hub import local_model
 from perta_fast.files.new_directory import PRECONDITIONING_STATE, OutputDirectory, check_replaceable, partial_path
 from perta_fast.files.reading import checked_path, exists
 from perta_fast.preconditioning.record import Preconditioning
-from perta_fast.preconditioning.unfinished import Begun, commit_walk, going_on, kept_if_stopped
+from perta_fast.preconditioning.unfinished import Begun, check_record, commit_walk, going_on, kept_if_stopped
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.declared import checked_arguments
 from perta_fast.records.file_record import FileRecord
@@ -134,21 +134,17 @@ def precondition(
         memory=memory,
         device_memory=device_memory,
     )
-    kept = None
+    walk = None
     if stream:
         from perta_fast.streaming.kept_walk import KeptWalk
 
         work = making.work(float(mu), digest, fields, sources)
         if begun is not None:
             begun.check_work(work, final)
-
-        def keep() -> None:
-            target.keep = True
-
-        folder = target.path / PRECONDITIONING_STATE
-        kept = KeptWalk(folder, work, begun, overwrite, partial(_check_as_opened, sources, seen), keep)
+        walk = KeptWalk.below(target, work, begun, overwrite, partial(_check_as_opened, sources, seen))
     with kept_if_stopped(target, how), target:
-        (record,) = making.going_on(begun).run(rows, digest, {float(mu): target.path}, kept).values()
+        check_record(target, begun)
+        (record,) = making.going_on(begun).run(rows, digest, {float(mu): target.path}, walk).values()
         _check_as_opened(sources, seen)
         commit_walk(target)
     return record

@@ -18,8 +18,8 @@ def vector_place(options: Options, final: Path) -> Path:
     return Path(os.path.realpath(checked_path(options.save_tuned)))
 
 
-def walks(options: Options) -> bool:
-    """Whether a run goes on with a walk that was stopped, or begins one."""
+def is_walked(options: Options) -> bool:
+    """Whether θ_f is made in a walk that can go on."""
     return options.preconditions and options.stream
 
 
@@ -28,7 +28,7 @@ def stopped_walk(options: Options, final: Path) -> Begun | None:
 
     Raises InputError if its record is damaged, or would replace what no run has written.
     """
-    if options.overwrite or not walks(options):
+    if options.overwrite or not is_walked(options):
         return None
     place = vector_place(options, final)
     begun = Begun.load(partial_path(place) / PRECONDITIONING_STATE)

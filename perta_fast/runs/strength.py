@@ -265,9 +265,10 @@ def _nothing_keeps(bound: float, most: float | None, original: ScoredSetting, tr
         return f"{start}: at each the losses are not finite, down to {min(setting.lam for setting in tried)!r}"
     rise = nearest.retain_loss - original.retain_loss
     if most is not None and rise <= bound:
+        least = min(finite, key=lambda setting: (setting.forget_loss, setting.lam))
         return (
-            f"no lambda that was tried keeps the forget loss below that of base, {most:.4g}: at {nearest.lam!r} it is "
-            f"{nearest.forget_loss:.4g}. Search up to a bound on the retain loss alone with ‹max_retain_rise›, or give "
+            f"no lambda that was tried keeps the forget loss below that of base, {most:.4g}: at {least.lam!r} it is "
+            f"{least.forget_loss:.4g}. Search up to a bound on the retain loss alone with ‹max_retain_rise›, or give "
             "‹lam›"
         )
     return (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.data.samples import row_count
-from perta_fast.files.new_directory import PRECONDITIONING_STATE, OutputDirectory, importance_path
+from perta_fast.files.new_directory import OutputDirectory, importance_path
 from perta_fast.importance.ratio import SIDES, ImportanceRatio
 from perta_fast.records.removal import Removal
 from perta_fast.records.report import Report
@@ -35,7 +35,7 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
             importances = OutputDirectory(
                 place,
                 overwrite=not options.makes_temporary and options.overwrite,
-                again=(PRECONDITIONING_STATE,),  # of a run that is given up, as was checked
+                walk=Path(place),  # of a run that is given up, as was checked
             )
             if ranks.first:
                 entered.enter_context(importances)

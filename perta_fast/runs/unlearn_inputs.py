@@ -17,14 +17,7 @@ from perta_fast.dtypes import torch_name
 from perta_fast.files.apart import check_inputs_stay
 from perta_fast.files.disk_space import FREE_MARGIN, check_space
 from perta_fast.files.journal import JOURNAL
-from perta_fast.files.new_directory import (
-    PRECONDITIONING_STATE,
-    check_output,
-    check_unfinished,
-    importance_path,
-    leftovers,
-    scratch_path,
-)
+from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, leftovers, scratch_path
 from perta_fast.files.own import check_own
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.kept_form import KeptForm
@@ -37,7 +30,7 @@ from perta_fast.runs import strength
 from perta_fast.runs.check import Checking
 from perta_fast.runs.encoded_rows import EncodedRows
 from perta_fast.runs.settings import Settings, check_changes, check_others, destination
-from perta_fast.runs.stopped_walk import stopped_walk, walks
+from perta_fast.runs.stopped_walk import is_walked, stopped_walk, vector_place
 from perta_fast.runs.unlearn_options import Options
 from perta_fast.runs.whole_importance import WholeImportance
 from perta_fast.subtraction.in_place import check_in_place
@@ -75,15 +68,16 @@ class Opened:
         check_others(sources.model, options.in_place, options.leave_others)
         for path in options.loaded(rule):
             check_configured(path)
+        walk = vector_place(options, final) if is_walked(options) else None
         if options.in_place:
-            check_in_place(sources)
+            check_in_place(sources, walk=walk)
             check_inputs_stay(final, [final / JOURNAL], options.paths)
         else:
             begun = stopped_walk(options, final)
             replaces = may_replace(final, options.overwrite) or (begun is not None and begun.overwrite)
             check_output(final, overwrite=replaces, inputs=options.paths)
-        again = (STATE, PRECONDITIONING_STATE) if walks(options) else (STATE,)  # ``unlearn`` looks at runs itself
-        check_unfinished(final, overwrite=options.overwrite, again=again)
+            # ``unlearn`` looks at runs itself
+            check_unfinished(final, overwrite=options.overwrite, again=STATE, walk=walk)
         if (rule.estimator is not None or options.preconditions) and options.makes_temporary:
             check_own(importance_path(final))
             check_own(scratch_path(final))

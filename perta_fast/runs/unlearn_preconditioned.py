@@ -12,7 +12,6 @@ from perta_fast.data.rows import Row
 from perta_fast.errors import InputError, Interrupted
 from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import (
-    PRECONDITIONING_STATE,
     OutputDirectory,
     check_output,
     check_unfinished,
@@ -21,7 +20,7 @@ from perta_fast.files.new_directory import (
 )
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
-from perta_fast.preconditioning.unfinished import Begun, Work, commit_walk, going_on, kept_if_stopped
+from perta_fast.preconditioning.unfinished import Begun, Work, check_record, commit_walk, going_on, kept_if_stopped
 from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.runs import strength
@@ -30,7 +29,7 @@ from perta_fast.runs.check import Checking
 from perta_fast.runs.making_tuned import Making
 from perta_fast.runs.precondition import check_scope, check_tuned, given_files, vector_size
 from perta_fast.runs.settings import threads_for
-from perta_fast.runs.stopped_walk import stopped_walk, vector_place, walks
+from perta_fast.runs.stopped_walk import is_walked, stopped_walk, vector_place
 from perta_fast.runs.unlearn_inputs import Opened, data_records, encoded_rows
 from perta_fast.runs.unlearn_options import Options
 from perta_fast.streaming.kept_walk import KeptWalk
@@ -64,6 +63,7 @@ def unlearn_preconditioned(
                 if asked.overwrite and not asked.in_place:
                     discard_unfinished(final)  # it would need the θ_f that is given up here
                 entered.enter_context(target)
+                check_record(target, begun)
         directory = target.path if kept else target.path / "tuned"
         record: Preconditioning | None = None
         with ranks.together(PHASE):
@@ -132,7 +132,7 @@ class _Walking:
     def of(cls, opened: Opened, digest: str, making: Making, begun: Begun | None) -> "_Walking":
         """Raises InputError if ``begun`` is of other work. digest: of the retain data."""
         options, work = opened.options, None
-        if walks(options):
+        if is_walked(options):
             work = making.work(_mu(options), digest, options.fields, opened.sources)
             if begun is not None:
                 begun.check_work(work, opened.settings.destination)
@@ -151,32 +151,23 @@ class _Walking:
     def target(self, final: Path) -> OutputDirectory:
         """The directory that θ_f is made in; it is removed after the run, unless it is kept."""
         options = self.opened.options
+        place = vector_place(options, final)
         return OutputDirectory(
-            vector_place(options, final),
+            place,
             overwrite=options.save_tuned is not None and self.overwrite,
             resume=self.begun is not None,
-            again=(PRECONDITIONING_STATE,),  # of a run that is given up, as was checked
-            going_on=self.going_on if walks(options) else "",
+            walk=place if options.overwrite else None,  # it is given up
+            going_on=self.going_on if is_walked(options) else "",
         )
 
     def make(self, rows: list[Row], directory: Path, target: OutputDirectory) -> Preconditioning:
         """Write θ_f into ``directory``, and the state of the walk into ``target``."""
-        kept = None
+        walk = None
         if self.work is not None:
-
-            def keep() -> None:
-                target.keep = True
-
-            kept = KeptWalk(
-                folder=target.path / PRECONDITIONING_STATE,
-                work=self.work,
-                begun=self.begun,
-                overwrite=self.overwrite,
-                unchanged=partial(check_sources_as_opened, self.opened.sources),
-                recorded=keep,
-            )
-        (record,) = self.making.run(rows, self.digest, {_mu(self.opened.options): directory}, kept).values()
-        if kept is not None:
+            unchanged = partial(check_sources_as_opened, self.opened.sources)
+            walk = KeptWalk.below(target, self.work, self.begun, self.overwrite, unchanged)
+        (record,) = self.making.run(rows, self.digest, {_mu(self.opened.options): directory}, walk).values()
+        if walk is not None:
             target.keep_on_error()  # a run with another strength, or other parameters to change, needs no walk
         return record
 
@@ -196,9 +187,8 @@ def _check(opened: Opened) -> None:
         _check_apart(place, opened)
         begun = stopped_walk(options, final)
         replaces = options.overwrite or (begun is not None and begun.overwrite)
-        again = (PRECONDITIONING_STATE,) if walks(options) else ()
         check_output(place, overwrite=replaces, inputs=[*options.paths, final])
-        check_unfinished(place, overwrite=options.overwrite, again=again)
+        check_unfinished(place, overwrite=options.overwrite, walk=place if is_walked(options) else None)
         if not options.in_place:
             check_output(final, overwrite=replaces, inputs=[place])
     check_tuned(Path(options.base), Path(options.tuned))

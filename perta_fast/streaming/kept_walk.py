@@ -17,7 +17,7 @@ from torch import nn
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError
 from perta_fast.files.durable import remove, sync
-from perta_fast.files.new_directory import START_OVER
+from perta_fast.files.new_directory import PRECONDITIONING_STATE, START_OVER, OutputDirectory
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.solve import preconditioned
 from perta_fast.preconditioning.unfinished import Begun, DamagedWalk, Work
@@ -59,6 +59,17 @@ class KeptWalk:
     overwrite: bool = False
     unchanged: Callable[[], object] = lambda: None
     recorded: Callable[[], object] = lambda: None
+
+    @classmethod
+    def below(
+        cls, target: OutputDirectory, work: Work, begun: Begun | None, overwrite: bool, unchanged: Callable[[], object]
+    ) -> "KeptWalk":
+        """In ``target``, which stays if the run is stopped once there is a record."""
+
+        def recorded() -> None:
+            target.keep = True
+
+        return cls(target.path / PRECONDITIONING_STATE, work, begun, overwrite, unchanged, recorded)
 
     def keep(self, begun: Begun) -> None:
         """Write a record of what is durable already."""

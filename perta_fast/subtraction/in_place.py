@@ -28,7 +28,15 @@ from perta_fast.files.hashing import HashesInPassing, hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.mounts import mounts_in
-from perta_fast.files.new_directory import PRECONDITIONING_STATE, check_unfinished, partial_path, remove_scratch
+from perta_fast.files.new_directory import (
+    check_unfinished,
+    has_walk,
+    importance_path,
+    only_a_walk,
+    partial_path,
+    remove_scratch,
+    scratch_path,
+)
 from perta_fast.files.own import check_own, check_own_tree
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Bar, Progress
@@ -61,7 +69,7 @@ _FREE_MARGIN = 16 << 20
 def change_in_place(job: Job, sources: Sources) -> Report:
     """Do the whole run. Raises as ``apply``; Interrupted if stopped once the model is being changed."""
     model = Path(job.final)
-    check_in_place(sources)
+    check_in_place(sources, walk=importance_path(model) if job.temporary else None)
     changing = sum(match.theta.size for match in sources.matches if match.copied is None)
     check_space({model: 3 * min(SEGMENT, changing) + _FREE_MARGIN})
     with _told_if_complete(model), PeakMemory() as memory, locked_journal(model) as journal, _explained(model):
@@ -139,16 +147,16 @@ def _new_card(journal: Path) -> str:
     return read_hashes(journal if (journal / HASHES).exists() else journal.parent).get(CARD, "")
 
 
-def check_in_place(sources: Sources, resumed: bool = False) -> None:
+def check_in_place(sources: Sources, resumed: bool = False, walk: Path | None = None) -> None:
     """Raise InputError if the model's files cannot be changed, or another input would change with them.
 
-    The base may be the model itself: a chunk is read for both before it is changed.
+    The base may be the model itself: a chunk is read for both before it is changed. walk: as in ``check_unfinished``.
     """
     model = sources.model
     check_own(model.path / JOURNAL)
     if not resumed:
         check_not_complete(model.path)
-        _check_no_other_work(sources)
+        _check_no_other_work(sources, walk)
     _check_mounts(model)
     _check_small_files(model)
     instead = "put a copy in its place" if resumed else "copy the model first, or write to a new directory with ‹out›"
@@ -185,12 +193,12 @@ def check_in_place(sources: Sources, resumed: bool = False) -> None:
                 )
 
 
-def _check_no_other_work(sources: Sources) -> None:
+def _check_no_other_work(sources: Sources, walk: Path | None) -> None:
     """Raise InputError if a run to the model's directory was stopped, or an input lies where the journal will."""
     model = Path(os.path.realpath(sources.model.path))
-    give_up = shell_command("rm", "-r", partial_path(model))
-    again = (PRECONDITIONING_STATE,)  # a walk that was stopped sees that the model has changed
-    check_unfinished(model, overwrite=False, again=again, instead=f"give it up with: {give_up}")
+    given_up = scratch_path(model) if only_a_walk(model) and has_walk(importance_path(model)) else partial_path(model)
+    give_up = shell_command("rm", "-r", given_up)
+    check_unfinished(model, overwrite=False, walk=walk, instead=f"give it up with: {give_up}")
     check_inputs_stay(model, [model / JOURNAL], sources.paths())
 
 

@@ -18,13 +18,7 @@ from perta_fast.files.disk_space import FREE_MARGIN, check_space
 from perta_fast.files.durable import copy_range, remove, sync, write_fully
 from perta_fast.files.hashing import HashesInPassing
 from perta_fast.files.journal import JOB
-from perta_fast.files.new_directory import (
-    PRECONDITIONING_STATE,
-    OutputDirectory,
-    forget_run,
-    remove_replaced,
-    remove_scratch,
-)
+from perta_fast.files.new_directory import OutputDirectory, forget_run, importance_path, remove_replaced, remove_scratch
 from perta_fast.files.own import check_own, own_file
 from perta_fast.files.reading import drop_pages
 from perta_fast.memory import PeakMemory
@@ -65,9 +59,8 @@ def write_directory(
     """Do the whole run. Raises as ``apply``; Interrupted if stopped with a part done."""
     final = Path(job.final)
     with ranks.together("the output directory"):
-        # A temporary θ_f, of a walk that is done, lies beside the result.
-        again = (STATE, PRECONDITIONING_STATE) if job.temporary else (STATE,)
-        target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths(), again=again)
+        walk = importance_path(final) if job.temporary else None  # of a temporary θ_f, which is complete
+        target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths(), again=STATE, walk=walk)
         if ranks.first:
             check_space({final: sources.model.size + FREE_MARGIN}, [target.path])
     return run_to_directory(job, sources, target, fill, ranks, prepare)

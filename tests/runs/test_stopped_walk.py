@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,15 @@ from perta_fast import cli
 from perta_fast.data import chat
 from perta_fast.errors import NotFiniteError
 from perta_fast.files.durable import read_record, write_record
-from perta_fast.files.new_directory import PRECONDITIONING_RECORD, PRECONDITIONING_STATE, partial_path, scratch_path
+from perta_fast.files.new_directory import (
+    PRECONDITIONING_RECORD,
+    PRECONDITIONING_STATE,
+    OutputDirectory,
+    partial_path,
+    scratch_path,
+)
 from perta_fast.preconditioning.unfinished import Begun
-from perta_fast.runs import unlearn_preconditioned
+from perta_fast.runs import making_tuned, unlearn_preconditioned
 from perta_fast.streaming.kept_walk import KeptWalk
 from perta_fast.streaming.model.partial_forward import PartialForward
 from tests.distributed.launch import perta_on_ranks
@@ -513,3 +520,128 @@ def test_the_command_line(
     assert cli.main(["resume", str(tmp_path / "out")]) == 2
     assert "run the same command again, which goes on with it" in capsys.readouterr().err
     assert cli.main(words) == 0
+
+
+# Found when others tried it.
+
+
+def test_a_run_that_keeps_its_vector_does_not_pass_by_another_walk(job: Job, tmp_path: Path, layers: list[int]) -> None:
+    """It would be refused when its own walk is done."""
+    stopped(unlearn, 2, job, tmp_path / "out")
+    layers.clear()
+    with pytest.raises(pf.InputError, match="another run to this place was stopped; finish it with the command that"):
+        unlearn(job, tmp_path / "out", save_tuned=tmp_path / "kept")
+    assert layers == [] and names(tmp_path) == ["..out.perta-importance.perta-partial", "job"]
+
+
+def test_a_stopped_preconditioning_is_not_replaced_by_a_result(job: Job, tmp_path: Path) -> None:
+    stopped(precondition, 2, job, tmp_path / "out", mu=77.0)
+    before = fingerprint(tmp_path)
+    with pytest.raises(pf.InputError, match="another run to this place was stopped; finish it with the command that"):
+        unlearn(job, tmp_path / "out")
+    assert fingerprint(tmp_path) == before
+
+
+@pytest.mark.parametrize("make", [unlearn, precondition])
+@pytest.mark.parametrize("ended", [False, True])
+def test_another_run_that_has_gone_on_meanwhile_loses_nothing(
+    ended: bool, make: Make, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has kept is not taken for what was seen before the directory was locked."""
+    expected, out = tmp_path / "expected", tmp_path / "out"
+    make(job, expected)
+    stopped(make, 1, job, out)
+    enter = OutputDirectory.__enter__
+
+    def late(target: OutputDirectory) -> OutputDirectory:
+        with monkeypatch.context() as patched:
+            patched.setattr(OutputDirectory, "__enter__", enter)
+            if ended:
+                make(job, out)
+            else:
+                stopped(make, 2, job, out)
+        return enter(target)
+
+    with monkeypatch.context() as patched, pytest.raises(pf.RunError, match="has gone on with this walk meanwhile"):
+        patched.setattr(OutputDirectory, "__enter__", late)
+        make(job, out)
+    if not ended:
+        make(job, out)
+    assert contents(out) == contents(expected) and names(tmp_path) == ["expected", "job", "out"]
+
+
+def test_a_walk_that_was_begun_meanwhile_is_not_emptied(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter = OutputDirectory.__enter__
+
+    def late(target: OutputDirectory) -> OutputDirectory:
+        with monkeypatch.context() as patched:
+            patched.setattr(OutputDirectory, "__enter__", enter)
+            stopped(unlearn, 2, job, tmp_path / "out")
+        return enter(target)
+
+    with monkeypatch.context() as patched, pytest.raises(pf.InputError, match="another run to this place was stopped"):
+        patched.setattr(OutputDirectory, "__enter__", late)
+        unlearn(job, tmp_path / "out")
+    begun = Begun.load(scratch_path(tmp_path / "out") / PRECONDITIONING_STATE)
+    assert begun is not None and begun.done == 2
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_job_goes_on_with_a_stopped_walk(
+    overwrite: bool, job: Job, tmp_path: Path, layers: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "job.yaml"
+    given = {role: getattr(job, role) for role in ("model", "base", "tuned", "forget", "retain")}
+    shared = "".join(f"{role}: {place}\n" for role, place in given.items())
+    settings = "  stream: true\n  lam: 3\n  batch-size: 2\n" + "  overwrite: true\n" * overwrite
+    path.write_text(f"{shared}unlearn:\n{settings}  out: {tmp_path / 'out'}\n")
+    run = ["recipe", "run", str(path)]
+    stopped(lambda: raised_by(run), 2)
+    layers.clear()
+    capsys.readouterr()
+    assert cli.main(run) == 0
+    assert set(layers) == {2} and "was begun, and goes on" in capsys.readouterr().out
+    unlearn(job, tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def raised_by(command: list[str]) -> None:
+    """The job's error as an interrupt, which the command line has caught."""
+    assert cli.main(command) == 130
+    raise pf.Interrupted("")
+
+
+def test_other_runs_in_place_say_what_gives_up_a_stopped_walk(job: Job, tmp_path: Path) -> None:
+    stopped(unlearn, 2, job, None, in_place=True)
+    before = fingerprint(job.model)
+    state = scratch_path(job.model)
+    for overwrite in (False, True):
+        for how in ({"save_tuned": tmp_path / "kept"}, {"rule": "tv", "stream": False}):
+            with pytest.raises(pf.InputError, match=f"the command that began it, or give it up with: rm -r {state}$"):
+                unlearn(job, None, in_place=True, overwrite=overwrite, **how)
+    with pytest.raises(pf.InputError, match=f"give it up with: rm -r {state}$"):
+        pf.apply(*job.checkpoints, rule="tv", in_place=True, progress=False)
+    assert fingerprint(job.model) == before
+    shutil.rmtree(state)
+    unlearn(job, None, in_place=True, rule="tv", stream=False)
+    assert fingerprint(job.model) != before
+
+
+def test_a_walk_that_goes_on_keeps_its_limits_or_says_that_it_cannot(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(unlearn, 2, job, tmp_path / "out")
+    with pytest.raises(pf.InputError, match="cannot hold one part of the model"):
+        unlearn(job, tmp_path / "out", memory=1000)
+
+    def one_at_a_time(*_: Any) -> Any:
+        return SimpleNamespace(schedule=SimpleNamespace(batch_size=1))
+
+    with monkeypatch.context() as patched, pytest.raises(pf.InputError, match="keeps its batches of 2, and only 1 fit"):
+        patched.setattr(making_tuned, "choose_schedule", one_at_a_time)
+        unlearn(job, tmp_path / "out", memory=1 << 40)
+    unlearn(job, tmp_path / "out", memory=1 << 40)
+    unlearn(job, tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")

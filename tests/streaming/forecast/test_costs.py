@@ -565,6 +565,14 @@ def test_dry_run_of_70_billion(
         "the retain importance:",
     ]
     assert text.endswith("as by perta apply --in-place, through a journal of at most 192 MiB\n")
+    kept = tmp_path / "elsewhere"
+    seen: list[Path] = []
+    at = Budget.at
+    monkeypatch.setattr(Budget, "at", lambda destination, *more: seen.append(destination) or at(destination, *more))
+    for more, place in (([], kept), (["--as", "ratio"], large)):
+        seen.clear()
+        assert main([*in_place, "--save-importance", str(kept), *more]) == 0
+        assert seen == [place, place]  # on whose disk they are written
     assert list(tmp_path.iterdir()) == []
 
 
