@@ -36,7 +36,7 @@ class Settings:
     largest_strength: float = 4096.0
     steps: int = 24
     check_every: int = 4
-    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4)
+    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4)
     steering_rates: tuple[float, ...] = (1e-3, 3e-3)
     relearned: tuple[int, ...] = (5, 20)
     relearning_rate: float = 1e-5
