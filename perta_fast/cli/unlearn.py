@@ -69,7 +69,6 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
     from perta_fast.importance.kept_form import KeptForm
     from perta_fast.importance.store import WIDTH
     from perta_fast.streaming.forecast.dry_run import preview
-    from perta_fast.streaming.forecast.forecast import Forecast
     from perta_fast.subtraction.scope import Scope
 
     check_strength(parsed.lam, parsed.max_retain_rise, parsed.stream, parsed.allow_zero)
@@ -105,7 +104,10 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
     else:  # to files, one after the other; from a pair that is not kept, a ratio is made
         pair = form.as_ratio or parsed.save_importance is None
         to_files = partial(forecast_of, kept=WIDTH, destination=place if pair else parsed.save_importance)
-        forecast = Forecast.joined((f"the {role} importance:", to_files({role: data[role]})) for role in roles)
+        parts = [(f"the {role} importance:", to_files({role: data[role]})) for role in roles]
+        from perta_fast.streaming.forecast.forecast import Forecast  # only now: bad input is refused without torch
+
+        forecast = Forecast.joined(parts)
     return forecast if in_one_walk else forecast.followed_by(f"\n{_after_the_walk(whole, parsed.in_place)}")
 
 

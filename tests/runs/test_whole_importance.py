@@ -358,7 +358,7 @@ def test_by_command(
     asked += ["--rule", "grad", "--lam", "1", "--out", str(tmp_path / "out")]
     assert cli.main([*asked, "--stream", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("data: 5 forget samples of ")
+    assert text.startswith("the forget importance:\ndata: 5 forget samples of ")
     assert "\nthen the retain importance (" in text and "the retain importance:" not in text
     assert not (tmp_path / "out").exists()
     assert cli.main([*asked, "--rule", "preconditioned", "--stream", "--dry-run"]) == 2
