@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from perta_fast.errors import InputError, NotFiniteError, RunError, advice, shell_command
+from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, advice, is_out_of_memory, shell_command
 from perta_fast.files.apart import check_inputs_stay, check_name, input_in
 from perta_fast.files.disk_space import existing_parent
 from perta_fast.files.durable import move, read_record, remove, sync, sync_tree, write_record
@@ -125,6 +125,28 @@ class OutputDirectory:
             finish = f"give it its name: {shell_command('mv', self.path, self.final)}"
         here = f"move {self.final} away, then " if self.final.exists() else ""
         return f"the result is complete, in {self.path}; {here}{finish}"
+
+
+@contextmanager
+def kept_if_stopped(
+    target: OutputDirectory, what: str, going_on: str, *, passed_on: type[BaseException] | tuple[()] = ()
+) -> Iterator[None]:
+    """Say how to go on if a run is stopped when some of its work is kept in ``target``.
+
+    what: that something is kept, in a clause. going_on: the command. passed_on: what says itself how to go on.
+    """
+    try:
+        yield
+    except passed_on:
+        raise
+    except KeyboardInterrupt:
+        if not target.keep:
+            raise
+        raise Interrupted(f"interrupted; {what}. Go on with: {going_on}") from None
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error) and target.keep:
+            raise RunError(f"out of memory; {what}. Go on where more is free with: {going_on}") from error
+        raise
 
 
 @contextmanager

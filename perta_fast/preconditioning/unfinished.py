@@ -1,8 +1,7 @@
 """A streamed walk that preconditions and was stopped: what it was begun with, and how far it has come."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from perta_fast.checkpoints.fingerprint import Fingerprint, check_inputs, input_
 from perta_fast.data.chat import parse_date
 from perta_fast.data.given import is_given, same_call
 from perta_fast.dtypes import FLOATING
-from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
+from perta_fast.errors import InputError, RunError
 from perta_fast.files.durable import read_record, remove, sync_tree, write_record
 from perta_fast.files.new_directory import (
     PRECONDITIONING_RECORD,
@@ -140,6 +139,9 @@ def going_on(source: object, overwrite: bool) -> str:
     return "the same command" + ", without ‹overwrite›" * overwrite
 
 
+LAYERS_KEPT = "the layers that were done are kept"
+
+
 def check_record(target: OutputDirectory, begun: Begun | None) -> None:
     """Raise RunError unless ``target``, which is locked, still has the record that ``begun`` was loaded from."""
     there = Begun.load(target.path / PRECONDITIONING_STATE)
@@ -155,22 +157,3 @@ def commit_walk(target: OutputDirectory) -> None:
     forget(target.path)
     remove(target.path / PRECONDITIONING_STATE)
     target.commit()
-
-
-@contextmanager
-def kept_if_stopped(target: OutputDirectory, how: str) -> Iterator[None]:
-    """Say how to go on if a run is stopped when some of its walk is kept in ``target``."""
-    try:
-        yield
-    except Interrupted:  # later, where something else goes on
-        raise
-    except KeyboardInterrupt:
-        if not target.keep:
-            raise
-        raise Interrupted(f"interrupted; the layers that were done are kept. Go on with: {how}") from None
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error) and target.keep:
-            raise RunError(
-                f"out of memory; the layers that were done are kept. Go on where more is free with: {how}"
-            ) from error
-        raise

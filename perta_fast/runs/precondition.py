@@ -21,10 +21,16 @@ from perta_fast.files.apart import check_name
 from perta_fast.files.disk_space import check_space
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.hub import local_model
-from perta_fast.files.new_directory import PRECONDITIONING_STATE, OutputDirectory, check_replaceable, partial_path
+from perta_fast.files.new_directory import (
+    PRECONDITIONING_STATE,
+    OutputDirectory,
+    check_replaceable,
+    kept_if_stopped,
+    partial_path,
+)
 from perta_fast.files.reading import checked_path, exists
 from perta_fast.preconditioning.record import Preconditioning
-from perta_fast.preconditioning.unfinished import Begun, check_record, commit_walk, going_on, kept_if_stopped
+from perta_fast.preconditioning.unfinished import LAYERS_KEPT, Begun, check_record, commit_walk, going_on
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.declared import checked_arguments
 from perta_fast.records.file_record import FileRecord
@@ -142,7 +148,7 @@ def precondition(
         if begun is not None:
             begun.check_work(work, final)
         walk = KeptWalk.below(target, work, begun, overwrite, partial(_check_as_opened, sources, seen))
-    with kept_if_stopped(target, how), target:
+    with kept_if_stopped(target, LAYERS_KEPT, how), target:
         check_record(target, begun)
         (record,) = making.going_on(begun).run(rows, digest, {float(mu): target.path}, walk).values()
         _check_as_opened(sources, seen)

@@ -21,6 +21,7 @@ from perta_fast.files.new_directory import check_output, check_unfinished, impor
 from perta_fast.files.own import check_own
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.kept_form import KeptForm
+from perta_fast.preconditioning.unfinished import Begun
 from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.removal import Removal
 from perta_fast.records.report import DataRecord, EstimationSettings, Report, data_record, truncation_warnings
@@ -49,7 +50,10 @@ _COVERED = (None, "left alone by choice", "task vector is zero")
 
 @dataclass(frozen=True)
 class Opened:
-    """Checked options, and the opened checkpoints that they name. rule: at lam 0 until it is chosen."""
+    """Checked options, and the opened checkpoints that they name.
+
+    rule: at lam 0 until it is chosen. begun: the stopped walk where θ_f is made; the run goes on with it, or is refused.
+    """
 
     options: Options
     rule: Rule
@@ -57,6 +61,7 @@ class Opened:
     sources: Sources
     ranks: Ranks
     whole: WholeImportance | None = None
+    begun: Begun | None = None
 
     @classmethod
     def open(cls, options: Options, ranks: Ranks, started: str) -> "Opened":
@@ -69,11 +74,11 @@ class Opened:
         for path in options.loaded(rule):
             check_configured(path)
         walk = vector_place(options, final) if is_walked(options) else None
+        begun = stopped_walk(options, final)
         if options.in_place:
             check_in_place(sources, walk=walk)
             check_inputs_stay(final, [final / JOURNAL], options.paths)
         else:
-            begun = stopped_walk(options, final)
             replaces = may_replace(final, options.overwrite) or (begun is not None and begun.overwrite)
             check_output(final, overwrite=replaces, inputs=options.paths)
             # ``unlearn`` looks at runs itself
@@ -95,7 +100,7 @@ class Opened:
         settings = Settings(final, started, **{name: getattr(options, name) for name in names})
         whole = WholeImportance.open(options, rule)
         options = options if whole is None else whole.prompts_for(options)
-        return cls(options, rule, settings, sources, ranks, whole)
+        return cls(options, rule, settings, sources, ranks, whole, begun)
 
     def read_data(self) -> tuple[dict[str, list[Row]], dict[str, str]]:
         """Rows and hashes of the data, by role. Raises InputError, too, if the run would change nothing."""

@@ -16,11 +16,12 @@ from perta_fast.files.new_directory import (
     check_output,
     check_unfinished,
     discard_unfinished,
+    kept_if_stopped,
     unfinished_advice,
 )
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
-from perta_fast.preconditioning.unfinished import Begun, Work, check_record, commit_walk, going_on, kept_if_stopped
+from perta_fast.preconditioning.unfinished import LAYERS_KEPT, Begun, Work, check_record, commit_walk, going_on
 from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.runs import strength
@@ -29,7 +30,7 @@ from perta_fast.runs.check import Checking
 from perta_fast.runs.making_tuned import Making
 from perta_fast.runs.precondition import check_scope, check_tuned, given_files, vector_size
 from perta_fast.runs.settings import threads_for
-from perta_fast.runs.stopped_walk import is_walked, stopped_walk, vector_place
+from perta_fast.runs.stopped_walk import is_walked, vector_place
 from perta_fast.runs.unlearn_inputs import Opened, data_records, encoded_rows
 from perta_fast.runs.unlearn_options import Options
 from perta_fast.streaming.kept_walk import KeptWalk
@@ -48,7 +49,7 @@ def unlearn_preconditioned(
     threads = threads_for(asked.threads, ranks)
     with ranks.together("the opening of the inputs"):
         _check(opened)
-        begun = stopped_walk(asked, final)
+        begun = opened.begun
         day = day if begun is None else parse_date(begun.day)
         walking = _Walking.of(opened, hashes["retain"], _making(opened, day, threads), begun)
         opened = replace(opened, settings=replace(opened.settings, overwrite=walking.overwrite))
@@ -57,7 +58,8 @@ def unlearn_preconditioned(
     kept = asked.save_tuned is not None
     with ranks.together("the directory of theta_f"):
         target = walking.target(final)
-    with kept_if_stopped(target, walking.going_on), ExitStack() as entered:
+    stopped = kept_if_stopped(target, LAYERS_KEPT, walking.going_on, passed_on=Interrupted)
+    with stopped, ExitStack() as entered:
         with ranks.together("the directory of theta_f"):
             if ranks.first:
                 if asked.overwrite and not asked.in_place:
@@ -185,8 +187,7 @@ def _check(opened: Opened) -> None:
     place = vector_place(options, final)
     if options.save_tuned is not None:
         _check_apart(place, opened)
-        begun = stopped_walk(options, final)
-        replaces = options.overwrite or (begun is not None and begun.overwrite)
+        replaces = options.overwrite or (opened.begun is not None and opened.begun.overwrite)
         check_output(place, overwrite=replaces, inputs=[*options.paths, final])
         check_unfinished(place, overwrite=options.overwrite, walk=place if is_walked(options) else None)
         if not options.in_place:

@@ -4,8 +4,8 @@ What can be wrong with arguments, data and the places of outputs is said before 
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,11 +17,17 @@ from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.data.given_data import Data, taken_out
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
-from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory
+from perta_fast.errors import InputError, NotFiniteError, RunError
 from perta_fast.files.apart import check_name
 from perta_fast.files.durable import remove, sync_tree
 from perta_fast.files.identity import is_same
-from perta_fast.files.new_directory import OutputDirectory, has_record, remove_replaced, unfinished_advice
+from perta_fast.files.new_directory import (
+    OutputDirectory,
+    has_record,
+    kept_if_stopped,
+    remove_replaced,
+    unfinished_advice,
+)
 from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.versions import now
@@ -221,7 +227,7 @@ def _run(
     with ExitStack() as entered, ranks.sharing_errors("the sweep"):
         with ranks.together("the output directory"):
             if ranks.first:
-                entered.enter_context(_kept_if_stopped(target, begun.going_on(final)))
+                entered.enter_context(kept_if_stopped(target, "what was scored is kept", begun.going_on(final)))
                 entered.enter_context(target)
                 if earlier is not None:
                     earlier.check_record(target)
@@ -282,7 +288,7 @@ def _finish_changed(request: Request, progress: Progress) -> Sweep | None:
     if begun is None or not begun.is_asked_for(request) or not has_changed(begun):
         return None
     target = OutputDirectory(final, overwrite=begun.request.overwrite, resume=True)
-    with _kept_if_stopped(target, begun.going_on(final)), target:
+    with kept_if_stopped(target, "what was scored is kept", begun.going_on(final)), target:
         begun.check_record(target)
         finish_in_place(begun, progress)
         sweep = Sweep.read(target.path / FILE_NAME)
@@ -341,20 +347,3 @@ def _save(sweep: Sweep, record: Record) -> None:
     if not draw(sweep, record.target.path / PLOT_NAME):
         sweep.notes.append(f"{PLOT_NAME} was not drawn: matplotlib is not installed.")
     sweep.save(record.target.path)
-
-
-@contextmanager
-def _kept_if_stopped(target: OutputDirectory, going_on: str) -> Iterator[None]:
-    """Say how to go on if the sweep is stopped after something was scored."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not target.keep:
-            raise
-        raise Interrupted(f"interrupted; what was scored is kept. Go on with: {going_on}") from None
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error) and target.keep:
-            raise RunError(
-                f"out of memory; what was scored is kept. Go on where more is free with: {going_on}"
-            ) from error
-        raise
