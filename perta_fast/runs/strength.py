@@ -1,7 +1,7 @@
 """``unlearn`` without a strength: it searches for the largest at which little of the retain data is lost.
 
 If no bound was given either, it goes no further than to the forget loss of theta_0, which has not seen the forget data:
-beyond it a model does not forget more, but tells that it was made to forget.
+beyond it nothing more is forgotten, and the model only shows that something was removed.
 
 theta_0 and theta_full are scored before the first gradient, so that data or a model that cannot be scored is refused in
 time; once the importances are there, the search of ``scoring`` tries strengths on it. All score the same rows, with

@@ -529,7 +529,7 @@ def test_the_command_line(
     assert cli.main(words) == 0
 
 
-# Found when others tried it.
+# What other runs do meanwhile, and what they are told.
 
 
 def test_a_run_that_keeps_its_vector_does_not_pass_by_another_walk(job: Job, tmp_path: Path, layers: list[int]) -> None:
