@@ -52,7 +52,7 @@ _COVERED = (None, "left alone by choice", "task vector is zero")
 class Opened:
     """Checked options, and the opened checkpoints that they name.
 
-    rule: at lam 0 until it is chosen. begun: the stopped walk where θ_f is made; the run goes on with it, or is refused.
+    rule: at lam 0 until it is chosen. begun: the stopped walk where θ_f is made; the run goes on with it or is refused.
     """
 
     options: Options
