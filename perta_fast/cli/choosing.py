@@ -17,8 +17,10 @@ from perta_fast.scoring.criteria import LOSS, METRICS
 if TYPE_CHECKING:
     from perta_fast.streaming.forecast.forecast import Forecast
 
+_UP_TO_BASE = "up-to-base"
 # The bounds, with the values that they have if none is given.
 _BOUNDS: dict[str, float | None] = {
+    _UP_TO_BASE: DEFAULT_RETAIN_RISE,
     "max-retain-increase": 5.0,
     "max-retain-rise": DEFAULT_RETAIN_RISE,
     "target-retain-loss": None,
@@ -30,7 +32,7 @@ _SINGLE = {"rule": "rules", "mu": "mus", "alpha": "alphas"}  # options that give
 
 
 def _bound(text: str) -> dict[str, float]:
-    """A bound by the name of its argument, as in max-retain-increase=5."""
+    """A bound by the name of its argument, as in max-retain-increase=5, or that of base with one on the retain loss."""
     name, equals, value = text.partition("=")
     if name not in _BOUNDS:
         raise argparse.ArgumentTypeError(f"{name!r} is not a bound; there are {', '.join(_BOUNDS)}")
@@ -40,13 +42,17 @@ def _bound(text: str) -> dict[str, float]:
             number = float(value.removesuffix("%"))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} needs a number, as in {name}=0.5") from error
+    if name == _UP_TO_BASE:
+        return {"up_to_base": True, "max_retain_rise": number}
     return {name.replace("-", "_"): number}
 
 
 CHOOSE = Option(
     "choose",
-    "take the setting that forgets most within a bound, scored as by perta sweep: max-retain-increase (5 percent), "
-    f"max-retain-rise ({DEFAULT_RETAIN_RISE:g} nats), target-retain-loss or retain-floor",
+    "take the setting that forgets most within a bound, scored as by perta sweep: up-to-base (a forget loss of at most "
+    f"that of the base, and a retain loss that rises by at most {DEFAULT_RETAIN_RISE:g} nats); or, whatever is "
+    f"forgotten, max-retain-rise ({DEFAULT_RETAIN_RISE:g} nats), max-retain-increase (5 percent), target-retain-loss "
+    "or retain-floor",
     _bound,
     "BOUND[=X]",
     one_of="strength",
@@ -54,9 +60,7 @@ CHOOSE = Option(
 RULES = Option("rules", "with --choose: several of these", name_list, "R,R,...", one_of="rules")
 MUS = Option("mus", "with --choose: several of these", number_list, "X,X,...", one_of="mus")
 ALPHAS = Option("alphas", "with --choose: several weights (1,16)", number_list, "A,A,...", one_of="alphas")
-LAMS = Option(
-    "lams", "with --choose: strengths to try (a search; with --stream, a row of them)", number_list, "L,L,..."
-)
+LAMS = Option("lams", "with --choose: strengths to try (a search; with --stream, in walks)", number_list, "L,L,...")
 METRIC = Option(
     "metric", "with --choose: what is chosen by, as perta eval names it (loss)", default=LOSS, choices=METRICS
 )

@@ -14,7 +14,7 @@ _GROUPS = {
     "rule and strength": (
         *("rule", "rules", "lam", "lams", "max_retain_rise", "mu", "mus", "p", "ps", "alpha", "alphas", "threshold"),
         *("estimator", "at", "only", "leave", "choose", "target_retain_loss", "max_retain_increase", "retain_floor"),
-        *("metric", "select"),
+        *("up_to_base", "metric", "select"),
     ),
     "training": ("full", "rank", "epochs", "lr", "retain_kl", "seed", "gradient_checkpointing", "report_to"),
     "measuring": ("metrics", "min_k", "stress", "lm_eval", "max_new_tokens", "compatible", "check"),

@@ -163,6 +163,7 @@ COMMAND = Command(
             one_of="bound",
         ),
         Option("retain_floor", "bound: a retain metric of at least X (not for loss)", float, "X", one_of="bound"),
+        flag("up_to_base", "bound, beside one of these: a forget loss of at most that of the base"),
         Option("metric", "what is chosen by, as perta eval names it (loss)", default=LOSS, choices=METRICS),
         Option(
             "select",
@@ -181,7 +182,7 @@ COMMAND = Command(
         Option("importance", "in place of the two: what --save-importance wrote", Path, "DIR", [], several=True),
         *options.KEPT,
         options.AT_BY_RULE,
-        replace(options.STREAM[0], help="hold one decoder layer in memory at a time; no search, no answers"),
+        replace(options.STREAM[0], help="hold one decoder layer in memory at a time; no answers"),
         *options.LIMITS,
         options.DRY_RUN,
         Option("threads", "threads to subtract with (all processors)", int, "N"),

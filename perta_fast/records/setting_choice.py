@@ -47,7 +47,8 @@ class SettingChoice:
     and ``retain`` of a setting are. select: how the choice was made. streamed: whether one part of the model was in
     memory at a time. rows: by role, how many were scored. before: the model as it is. after: the chosen setting. tried:
     every setting that was scored; so many more were ``skipped``, since a smaller strength broke the bound. gold: what
-    the gold model scores, if there is one.
+    the gold model scores, if there is one. base_forget_loss: of theta_0; the forget loss is at most this too. None if
+    it is no limit.
     """
 
     bound: str | None
@@ -63,6 +64,7 @@ class SettingChoice:
     tried: list[TriedSetting]
     skipped: int = 0
     gold: TriedSetting | None = None
+    base_forget_loss: float | None = None
 
     def lines(self) -> list[str]:
         """For a person: what was chosen among what, and what it scores."""
@@ -83,7 +85,7 @@ class SettingChoice:
         return _CRITERIA.get(self.select, self.select)
 
     def within(self) -> str:
-        """The bound as the end of a sentence, "" without one."""
+        """The bounds as the end of a sentence, "" without one."""
         if self.bound is None or self.value is None:
             return ""
         bound = {
@@ -92,6 +94,8 @@ class SettingChoice:
             "max_retain_increase": f"the retain loss rises by at most {self.value:g} %",
             "retain_floor": f"the retain {self.metric} is at least {self.value:g}",
         }.get(self.bound, f"{self.bound} is {self.value:g}")
+        if self.base_forget_loss is not None:
+            bound = f"the forget loss is at most that of base, {self.base_forget_loss:.4g}, and {bound}"
         return f" while {bound}"
 
     def _score(self, role: str, name: str, metric: str) -> str:

@@ -112,7 +112,7 @@ def setting_choice(choice: SettingChoice) -> Plot:
     marked = {"chosen": choice.after} | ({} if choice.gold is None else {"gold": choice.gold})
     points = [(label, _point(each)[1:]) for label, each in marked.items()]
     bound = choice.limit if choice.metric == LOSS else choice.floor
-    figure = plot.trade_off(curves, points, choice.metric, bound)
+    figure = plot.trade_off(curves, points, choice.metric, bound, choice.base_forget_loss)
     return Plot(
         "choice",
         "Every setting that was scored, and the one that was chosen; the largest λ stands at the end of its curve.",

@@ -21,15 +21,14 @@ from perta_fast.arguments import check_sizes
 from perta_fast.data.chat import ChatSettings, told
 from perta_fast.data.rows import Row, evenly_spread
 from perta_fast.errors import InputError, RunError
-from perta_fast.files.identity import is_same
-from perta_fast.records.check import FORGOTTEN_RISE
 from perta_fast.records.report import Report
 from perta_fast.records.strength_choice import StrengthChoice, TriedStrength
 from perta_fast.rules import DEFAULT_RETAIN_RISE
 from perta_fast.runs.encoded_rows import EncodedRows
+from perta_fast.scoring.base_loss import BaseLoss, is_limit
 from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.search import LARGEST, search
-from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.scoring.setting import Limits, ScoredSetting
 
 if TYPE_CHECKING:
     from perta_fast.evaluation.examinee import Examinee
@@ -38,15 +37,14 @@ if TYPE_CHECKING:
 
 ROWS = 200  # of each data set that are scored; fewer if it has fewer
 PHASE = "choice of lambda"
-_BOUND_ALONE = "the bound alone has ended the search"
 
 
 @dataclass
 class StrengthSearch:
     """The search of one run. live: kept for rule ``tv``.
 
-    original, base_forget_loss, data, encoded (of ``data``): on the first rank alone, which scores. base_forget_loss:
-    None if it is not asked for, or ``warning`` says why it is not known. choice: once it is found.
+    original, base, data, encoded (of ``data``): on the first rank alone, which scores. base: of theta_0, if it is asked
+    for. choice: once it is found.
     """
 
     opened: "Opened"
@@ -55,8 +53,7 @@ class StrengthSearch:
     data: "ScoredData | None" = None
     encoded: EncodedRows = field(default_factory=EncodedRows)
     original: ScoredSetting | None = None
-    base_forget_loss: float | None = None
-    warning: str = ""
+    base: BaseLoss = field(default_factory=BaseLoss)
     choice: StrengthChoice | None = None
     live: "LiveModel | None" = None
     seconds: float = 0.0
@@ -76,8 +73,8 @@ class StrengthSearch:
         begun = cls(opened, count, total)
         if opened.ranks.first:
             begun._tokenise(chosen, day)
-            if options.max_retain_rise is None and not is_same(options.base, options.model):
-                begun._score_base()
+            if options.max_retain_rise is None and is_limit(options.base, options.model):
+                begun.base = begun._score_base()
             begun._score_original()
         begun.seconds = time.perf_counter() - started
         return begun
@@ -94,8 +91,9 @@ class StrengthSearch:
         started = time.perf_counter()
         ranks, rule = self.opened.ranks, self.opened.rule
         original: ScoredSetting = ranks.share(self.original)
-        most: float | None = ranks.share(self.base_forget_loss)
+        most: float | None = ranks.share(self.base.loss)
         bound = self.bound
+        limits = Limits(original.retain_loss + bound, forget_loss=most)
         live = None
         with ranks.together(PHASE):
             if ranks.first:
@@ -110,13 +108,9 @@ class StrengthSearch:
             shared: ScoredSetting = ranks.share(scored)
             return shared
 
-        def excess(setting: ScoredSetting) -> float:
-            lost = setting.excess(original.retain_loss + bound, None)
-            return lost if most is None else max(lost, setting.forget_loss - most)
-
-        tried = search(measure, excess, original)
+        tried = search(measure, lambda setting: setting.excess(limits), original)
         self.seconds += time.perf_counter() - started
-        kept = [setting for setting in tried if excess(setting) <= 0]
+        kept = [setting for setting in tried if setting.keeps(limits)]
         with ranks.together(PHASE):
             if not kept:
                 raise RunError(_nothing_keeps(bound, most, original, tried) + self._what_is_kept())
@@ -158,8 +152,7 @@ class StrengthSearch:
         for role, of_role in samples.items():
             self.encoded.note(role, of_role, told(reader.tokenizer))
 
-    def _score_base(self) -> None:
-        """Measure how little theta_0 knows of the forget data; a warning if it cannot be told."""
+    def _score_base(self) -> BaseLoss:
         from perta_fast.models.loading import samples_for
         from perta_fast.scoring.live_model import ScoredData, ScoredModel
 
@@ -168,14 +161,9 @@ class StrengthSearch:
         try:
             examinee = self._examinee(Path(self.opened.options.base))
             samples_for(examinee.subject, forget["forget"], None)
-            loss = ScoredModel(examinee, ScoredData(forget), LOSS).loss("forget", "base")
+            return BaseLoss.measured(ScoredModel(examinee, ScoredData(forget), LOSS).loss("forget", "base"))
         except InputError as error:
-            self.warning = f"base cannot be scored on the forget data, so {_BOUND_ALONE}: {error}"
-            return
-        if math.isfinite(loss):
-            self.base_forget_loss = loss
-        else:
-            self.warning = f"the loss of base on the forget data is not finite, so {_BOUND_ALONE}"
+            return BaseLoss.unscored(error)
 
     def _score_original(self) -> None:
         from perta_fast.models.loading import samples_for
@@ -191,20 +179,9 @@ class StrengthSearch:
         self.original = live.measure_original({})
         if not self.original.is_finite:
             raise InputError(f"{options.model}: {_why_not_finite(live, str(options.dtype))}")
-        self._compare_with_base(self.original.forget_loss)
+        self.base = self.base.above(self.original.forget_loss)
         if self.opened.rule.estimator is None and not options.preconditions:  # which takes the memory first
             self.live = live
-
-    def _compare_with_base(self, forget_loss: float) -> None:
-        """Do without the loss of theta_0 if theta_full does not know more of the forget data. forget_loss: of it."""
-        loss = self.base_forget_loss
-        if loss is not None and loss - forget_loss < FORGOTTEN_RISE:
-            self.base_forget_loss = None
-            self.warning = (
-                f"the forget loss of model is {forget_loss:.4g}, and that of base {loss:.4g}: the model has learnt "
-                f"nothing of the forget data that base does not know, so {_BOUND_ALONE}. Is base the checkpoint that "
-                "model was tuned from?"
-            )
 
     def _load(self) -> "LiveModel":
         from perta_fast.scoring.live_model import LiveModel
@@ -231,8 +208,8 @@ def annotate(report: Report, search: StrengthSearch | None) -> None:
     choice = report.choice = search.choice
     assert choice is not None
     report.add_phase(PHASE, search.seconds, 0)
-    if search.warning:
-        report.warn(search.warning)
+    if search.base.warning:
+        report.warn(search.base.warning)
     if choice.after.lam == LARGEST:
         report.warn(
             f"even lambda {LARGEST:g}, the largest that is tried, keeps the retain loss within the bound, so a larger "

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable
 
-from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.scoring.setting import Limits, ScoredSetting
 
 LARGEST, SMALLEST = 1024.0, 1 / 1024  # the strengths between which a search stays
 _WIDTH = 1.01  # a search ends when the smallest strength that is too large is at most this many times the best
 _GUESSES = 2  # so many interpolations may fail to halve the interval; then every step halves it
 _STEP = 0.004  # the next strength of a search differs by at least this share of the one below
+_AROUND = (0.88, 0.94, 1.0, 1.06)  # of a guess, which is seldom further off
+_HALVES = (1 / 8, 1 / 4, 1 / 2)
+CLOSER = max(len(_AROUND), len(_HALVES))  # strengths that are measured together, at most
 
 Point = tuple[float, float]  # a strength, and its excess over the bound
 
@@ -44,6 +47,23 @@ def search(
         low, high = (probe, high) if probe[1] <= 0 else (low, probe)
         guesses -= high[0] - low[0] > width / 2
     return scored
+
+
+def closer(low: ScoredSetting, high: ScoredSetting, original: ScoredSetting, limits: Limits) -> list[float]:
+    """Strengths to measure together between ``low``, which keeps ``limits``, and the next larger, which does not.
+
+    They lie around where a limit is likely to be broken; where ``low`` is the original, lam 0, at halves of ``high``.
+    """
+    if low.lam == 0:
+        return [high.lam * factor for factor in _HALVES]
+    guesses = [
+        _crossing((low.lam, low.excess(limit)), (high.lam, high.excess(limit)), original.excess(limit))
+        for limit in limits.each()
+        if high.excess(limit) > 0
+    ]
+    guess = min((guess for guess in guesses if guess is not None), default=(low.lam + high.lam) / 2)
+    around = sorted({_readable(guess * factor) for factor in _AROUND})
+    return [lam for lam in around if _WIDTH * low.lam < lam and _WIDTH * lam < high.lam]
 
 
 def _crossing(low: Point, high: Point, start: float) -> float | None:

@@ -1,7 +1,24 @@
-"""One setting with what it scores."""
+"""One setting with what it scores, and the limits that it may have to keep."""
 
 import math
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a setting has to keep; None is no limit.
+
+    retain_loss, forget_loss: the largest, in nats. retain: the smallest retain metric.
+    """
+
+    retain_loss: float | None = None
+    retain: float | None = None
+    forget_loss: float | None = None
+
+    def each(self) -> "list[Limits]":
+        """Every limit alone."""
+        alone = Limits(self.retain_loss), Limits(retain=self.retain), Limits(forget_loss=self.forget_loss)
+        return [limit for limit in alone if limit != Limits()]
 
 
 @dataclass(frozen=True)
@@ -37,13 +54,17 @@ class ScoredSetting:
         """Whether losses and metrics are finite."""
         return all(map(math.isfinite, (self.forget_loss, self.retain_loss, self.forget, self.retain)))
 
-    def keeps(self, limit: float | None, floor: float | None) -> bool:
-        """Whether the retain loss is at most ``limit``, the retain metric at least ``floor``, and all are finite."""
-        return self.excess(limit, floor) <= 0
+    def keeps(self, limits: Limits) -> bool:
+        """Whether it is finite and keeps all limits."""
+        return self.excess(limits) <= 0
 
-    def excess(self, limit: float | None, floor: float | None) -> float:
-        """By how much it breaks ``limit`` or ``floor``: at most 0 if it keeps them, infinite if not finite."""
+    def excess(self, limits: Limits) -> float:
+        """By how much it breaks the limit that it breaks most: at most 0 if it keeps all, infinite if not finite."""
         if not self.is_finite:
             return math.inf
-        above = -math.inf if limit is None else self.retain_loss - limit
-        return max(above, -math.inf if floor is None else floor - self.retain)
+        beyond = (
+            -math.inf if limits.retain_loss is None else self.retain_loss - limits.retain_loss,
+            -math.inf if limits.retain is None else limits.retain - self.retain,
+            -math.inf if limits.forget_loss is None else self.forget_loss - limits.forget_loss,
+        )
+        return max(beyond)

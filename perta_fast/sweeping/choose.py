@@ -39,6 +39,7 @@ def choose(
     max_retain_rise: float | None = None,
     target_retain_loss: float | None = None,
     retain_floor: float | None = None,
+    up_to_base: bool | None = None,
     metric: Metric = LOSS,
     rules: AnyRule | Sequence[AnyRule] = PRECONDITIONED,
     lams: Sequence[float] | None = None,
@@ -78,11 +79,12 @@ def choose(
 
     max_retain_increase, max_retain_rise, target_retain_loss, retain_floor: the bound; at most one. The retain loss of
     the result is at most so many percent, or nats, above that of ``model``, or at most so many nats; or the retain
-    ``metric`` is at least so large. Without any, a rise of 0.05 nats.
+    ``metric`` is at least so large. up_to_base: beside it, the forget loss is at most that of ``base``, which has not
+    seen these rows. Without any of these, up to base and a rise of 0.05 nats.
     rules, mus, p, alphas, threshold: the curves to choose from, as in ``sweep``. By default there is one, rule
     ``preconditioned`` with mu 10, which forgets most in our study and keeps no importance; rules with importances are
     tried with alpha 1 and 16. lams: the strengths on each curve; None searches for the largest within the bound, or,
-    with ``stream``, tries ``grid.DEFAULT_STRENGTHS``.
+    with ``stream``, tries ``grid.DEFAULT_STRENGTHS``, then some closer to it.
     out: directory to make. in_place: change ``model`` instead. The sweep's record, ``sweep.json`` and a plot, is made
     beside it, as OUT.sweep or MODEL.sweep: the same call without ``overwrite`` goes on with a stopped run, or
     ``resume`` of that directory; in place, only once the model has begun to change.
@@ -101,8 +103,11 @@ def choose(
 def as_sweep(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of ``sweep`` for those of ``choose``. Raises InputError unless there is one result."""
     settings = dict(arguments)
-    if all(settings.get(name) is None for name in BOUNDS):
+    is_bounded = any(settings.get(name) is not None for name in BOUNDS)
+    if not is_bounded:
         settings["max_retain_rise"] = DEFAULT_RETAIN_RISE
+    if settings.get("up_to_base") is None:
+        settings["up_to_base"] = not is_bounded
     check_one_result(settings["out"], settings["in_place"], leave_others=settings["leave_others"])
     _check_apart(settings)
     rules, mus, alphas, out = (settings.pop(name) for name in ("rules", "mus", "alphas", "out"))

@@ -56,7 +56,7 @@ def measure_in_a_walk(opened: OpenedSweep, record: Record, vectors: Vectors) -> 
     try:
         if request.criterion is not None:
             grid.score([None])
-            request.bounds(grid.found(None))  # before the first gradient
+            record.begun.limits(grid.found(None))  # before the first gradient
         importances = _importances(opened, record, vectors)
         grid.score(every, Weighing(opened, importances, vectors), importances)
     except NotStreamable:

@@ -41,7 +41,7 @@ class Measured:
     def as_sweep(self, opened: OpenedSweep, begun: Begun, vectors: Vectors) -> Sweep:
         """The record. vectors: those that were subtracted."""
         request, module = opened.request, self.subject.module
-        limit, floor = request.bounds(self.rows[0])
+        limits = begun.limits(self.rows[0])
         counts = {role: (row_count(samples), truncated_count(samples)) for role, samples in self.samples.items()}
         data = {
             role: data_record(file.path, file.digest, *counts[role], file.read_as)
@@ -58,13 +58,14 @@ class Measured:
         sweep = Sweep(
             rows=list(self.rows),
             metric=request.metric,
-            limit=limit,
-            floor=floor,
+            limit=limits.retain_loss,
+            floor=limits.retain,
             select=request.criterion,
             settings=request.settings() | resolved,
             inputs={role: str(directory.path.resolve()) for role, directory in opened.inputs().items()},
             data=data,
             gold=begun.gold,
+            forget_limit=limits.forget_loss,
             importance={estimator: metadata_of(of_estimator) for estimator, of_estimator in self.importances.items()},
             preconditioned=[record.in_report() for record in made],
             versions=installed_versions(),
@@ -78,6 +79,8 @@ class Measured:
         )
         sweep.notes += _what_is_kept(request)
         doubts = [warning for record in made[:1] for warning in record.warnings] + sweep.warnings()
+        if begun.base is not None and (doubt := begun.base.above(self.rows[0].forget_loss).warning):
+            doubts.append(doubt)
         sweep.notes = list(dict.fromkeys(sweep.notes + as_notes(doubts)))
         return sweep
 
@@ -88,10 +91,10 @@ def _what_is_kept(request: Request) -> list[str]:
     return [f"kept: {what} in {place}" for what, place in kept if place is not None]
 
 
-def excess(opened: OpenedSweep, original: ScoredSetting, setting: ScoredSetting) -> float:
+def excess(begun: Begun, original: ScoredSetting, setting: ScoredSetting) -> float:
     """By how much ``setting`` breaks the bound; without one, none does, so that none is skipped."""
-    limit, floor = opened.request.bounds(original)
-    return setting.excess(limit, floor) if opened.request.is_bounded else -math.inf
+    limits = begun.limits(original)
+    return setting.excess(limits) if begun.request.is_bounded else -math.inf
 
 
 def _differing_prompts(importances: ByEstimator, scored: Told) -> list[str]:

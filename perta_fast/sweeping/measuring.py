@@ -28,11 +28,14 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
     if opened.gold is not None and begun.gold is None:
         begun.gold = opened.score_gold(opened.gold.path)
         record.save()
+    if request.asks_base and begun.base is None:
+        begun.base = opened.score_base()
+        record.save()
     walked = measure_in_a_walk(opened, record, vectors)
     if walked is not None:
         return walked
     live, original, importances = _prepare(opened, record, vectors)
-    beyond = partial(excess, opened, original)
+    beyond = partial(excess, begun, original)
     rows = [original]
     for curve in opened.curves:
         weighing = {} if curve.estimator is None else importances[curve.estimator]
@@ -48,7 +51,7 @@ def _prepare(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Liv
     importances = opened.load_given()
     live = opened.live()
     original = record.begun.original or record.add(live.measure_original(importances))
-    opened.request.bounds(original)  # before the first gradient
+    record.begun.limits(original)  # before the first gradient
     kept = load_kept(opened, record)
     if kept is None and opened.request.at == "model":
         kept = opened.estimate(live.subject, record.importances)

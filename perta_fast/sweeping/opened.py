@@ -27,6 +27,8 @@ from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
 from perta_fast.rules import PRECONDITIONED, Estimator, Place, Rule, resolved_at
 from perta_fast.runs.precondition import check_tuned
+from perta_fast.scoring.base_loss import BaseLoss
+from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.importances import Importances, importances_in
 from perta_fast.scoring.scored_data import read_scored
 from perta_fast.scoring.setting import ScoredSetting
@@ -259,13 +261,13 @@ class OpenedSweep:
 
         return self._known(path, load_subject(path, self.request.device, self._type_of(path), progress=self.progress))
 
-    def structure(self, path: Path) -> "tuple[Subject, Skeleton]":
-        """``load``, without the weights, and what reads them layer by layer."""
+    def structure(self, path: Path, text: bool = True) -> "tuple[Subject, Skeleton]":
+        """``load``, without the weights, and what reads them layer by layer. text: whether a tokenizer is needed."""
         from perta_fast.models.loading import load_subject
         from perta_fast.runs.estimate import open_skeleton
 
         skeleton = open_skeleton(path, self.request.device, self._type_of(path))
-        subject = load_subject(path, self.request.device, self._type_of(path), structure=skeleton.model)
+        subject = load_subject(path, self.request.device, self._type_of(path), structure=skeleton.model, text=text)
         return self._known(path, subject), skeleton
 
     def _known(self, path: Path, subject: "Subject") -> "Subject":
@@ -289,6 +291,25 @@ class OpenedSweep:
         examinee, metric = self._examinee(path), self.request.metric
         scored = ScoredModel(examinee, ScoredData.of(examinee, self.scored, metric), metric).score("gold")
         return checked_gold(scored, path)
+
+    def score_base(self) -> BaseLoss:
+        """What theta_0 knows of the forget data, in the tokens of theta_full; it is loaded for that alone."""
+        from perta_fast.evaluation.examinee import Examinee
+        from perta_fast.models.loading import load_subject, samples_for, subject_without_weights
+        from perta_fast.scoring.live_model import ScoredData, ScoredModel
+
+        request, path = self.request, self.sources.base.path
+        reader = subject_without_weights(self.sources.model.path, self.chat)
+        samples = samples_for(reader, self.data["forget"].rows, request.max_length)
+        try:
+            subject = load_subject(path, request.device, self._type_of(path), text=False, progress=self.progress)
+            samples_for(subject, samples, None)
+            examinee = Examinee(subject, request.batch_size, request.max_length, self.progress)
+            return BaseLoss.measured(
+                ScoredModel(examinee, ScoredData({"forget": samples}), LOSS).loss("forget", "base")
+            )
+        except InputError as error:
+            return BaseLoss.unscored(error)
 
     def _examinee(self, path: Path) -> "Examinee":
         from perta_fast.evaluation.examinee import Examinee

@@ -40,7 +40,7 @@ def draw(sweep: Sweep, path: Path) -> bool:
         points.append((f"{CHOSEN}: {name}", (best.retain, best.forget)))
     bound = sweep.limit if sweep.metric == LOSS else sweep.floor
     try:
-        figure = trade_off(curves, points, sweep.metric, bound)
+        figure = trade_off(curves, points, sweep.metric, bound, sweep.forget_limit)
     except ImportError:
         return False
     with open(path, "wb", opener=own_file) as file:
@@ -53,12 +53,14 @@ def trade_off(
     points: Sequence[tuple[str, tuple[float, float]]],
     metric: str = LOSS,
     bound: float | None = None,
+    base_loss: float | None = None,
 ) -> "Figure":
     """Draw a line for each curve and a mark for each point, without values that are not finite.
 
     curves: by label; lam 0 is the model as it is. The largest strength is written beside it, where there is room, and
     of one curve alone the smallest. points: label, retain and forget; one whose label begins with ``CHOSEN`` is ringed.
-    bound: on retain, a dashed line, unless it is far too large to be drawn. Raises ImportError without matplotlib.
+    bound: on retain, a dashed line, unless it is far too large to be drawn. base_loss: a limit on the forget loss, a
+    dotted line in a plot of losses. Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
@@ -79,6 +81,8 @@ def trade_off(
     beside = [(*point, CHOSEN, "black") for point in ringed] + beside
     if bound is not None and is_drawable(bound):
         axes.axvline(bound, color="0.35", linestyle=(0, (6, 3)), linewidth=1.2, label=f"limit: {bound:.4g}")
+    if metric == LOSS and base_loss is not None and is_drawable(base_loss):
+        axes.axhline(base_loss, color="0.35", linestyle=":", linewidth=1.2, label=f"base: {base_loss:.4g}")
     _name_axes(axes, metric)
     # To the right of the axes, where no curve is.
     legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8)

@@ -37,6 +37,7 @@ def recorded_choice(request: Request, sweep: Sweep) -> SettingChoice:
         tried=list(map(_tried, scored)),
         skipped=sum(setting.skipped for setting in sweep.rows),
         gold=None if sweep.gold is None else _tried(sweep.gold),
+        base_forget_loss=sweep.forget_limit,
     )
 
 

@@ -19,9 +19,10 @@ from perta_fast.importance.kept_form import KeptForm
 from perta_fast.records.declared import declared
 from perta_fast.rules import PLACES
 from perta_fast.runs.settings import check_threads
+from perta_fast.scoring.base_loss import BaseLoss, is_limit
 from perta_fast.scoring.criteria import GENERATED_METRICS, LOSS, SELECTIONS
 from perta_fast.scoring.scored_data import check_metric
-from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.scoring.setting import Limits, ScoredSetting
 from perta_fast.subtraction.scope import Scope
 from perta_fast.sweeping.grid import DEFAULT_STRENGTHS, Curve, check_strengths, curves_of
 
@@ -86,6 +87,7 @@ class Request:
     importance_dtype: str | None = None
     save_tuned: str | None = None
     check: bool = False
+    up_to_base: bool = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -143,6 +145,16 @@ class Request:
     def is_bounded(self) -> bool:
         """Whether settings have to keep a bound."""
         return self.bound is not None
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether what base knows of the forget data is a limit."""
+        return self.up_to_base and is_limit(self.base, self.model)
+
+    @property
+    def searches_streamed(self) -> bool:
+        """Whether the strengths within a bound are searched for in walks: first a row of them, then closer ones."""
+        return self.stream and self.lams is None
 
     @property
     def bounds_absolutely(self) -> bool:
@@ -213,18 +225,20 @@ class Request:
         self._check_streamed()
         self.kept_form.check_is_asked_for(self.save_as, self.importance_dtype, self.save_importance is not None)
 
-    def bounds(self, original: ScoredSetting) -> tuple[float | None, float | None]:
-        """The largest allowed retain loss and the smallest allowed retain metric.
+    def limits(self, original: ScoredSetting, base: BaseLoss) -> Limits:
+        """What settings have to keep.
 
-        original: the model as it is. Raises InputError if it breaks the bound, or its scores are not finite.
+        original: the model as it is. base: with ``up_to_base``. Raises InputError if the model as it is breaks the
+        bound, or its scores are not finite.
         """
         limit, floor = self.target_retain_loss, self.retain_floor
         if self.max_retain_rise is not None:
             limit = original.retain_loss + self.max_retain_rise
         elif self.max_retain_increase is not None:
             limit = original.retain_loss * (1 + self.max_retain_increase / 100)
-        if self.criterion is None or original.keeps(limit, floor):
-            return limit, floor
+        limits = Limits(limit, floor, base.above(original.forget_loss).loss)
+        if self.criterion is None or original.keeps(limits):
+            return limits
         if not original.is_finite:
             reason = "what it scores is not finite; run it in float32 or bfloat16 (‹dtype›)"
         elif floor is None:
@@ -257,6 +271,8 @@ class Request:
             )
 
     def _check_bounds(self) -> None:
+        if self.up_to_base and not self.is_bounded:
+            raise InputError(f"‹up_to_base› goes with a bound on what is retained; give one of {_marked(BOUNDS)}")
         bounds = {name: getattr(self, name) for name in BOUNDS if getattr(self, name) is not None}
         if len(bounds) > 1:
             raise InputError(f"give only one of {_marked(bounds, ' and ')}")

@@ -17,7 +17,7 @@ from perta_fast.records.typed_json import typed, with_nulls, write_readable_json
 from perta_fast.rules import negative_strength
 from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.search import LARGEST
-from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.scoring.setting import Limits, ScoredSetting
 
 FILE_NAME = "sweep.json"
 FORMAT_VERSION = 2
@@ -32,7 +32,8 @@ class Sweep:
 
     rows: the model as it is, then the settings of each curve, in the order of strength. metric: what
     ``forget`` and ``retain`` of a setting are. limit: the largest allowed retain loss; floor: the smallest allowed
-    retain metric; None where there was no such bound. select: how ``best`` is chosen. gold: the gold model, on the
+    retain metric; forget_limit: the largest allowed forget loss, which is that of base; None where there was no such
+    bound. select: how ``best`` is chosen. gold: the gold model, on the
     same data. importance: by estimator, then ``forget`` and ``retain``. preconditioned: how each θ_f of a mu was made.
     """
 
@@ -51,6 +52,12 @@ class Sweep:
     notes: list[str] = field(default_factory=list)
     started: str = ""
     finished: str = ""
+    forget_limit: float | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """What settings have to keep."""
+        return Limits(self.limit, self.floor, self.forget_limit)
 
     @property
     def original(self) -> ScoredSetting:
@@ -87,9 +94,7 @@ class Sweep:
         """
         if self.select is None:
             return None
-        kept = [
-            setting for setting in self.rows if setting.keeps(self.limit, self.floor) and not self._is_past(setting)
-        ]
+        kept = [setting for setting in self.rows if setting.keeps(self.limits) and not self._is_past(setting)]
         if self.select == "closest":
             return min(kept, key=self.distance)
         if self.select == "largest":
@@ -107,7 +112,7 @@ class Sweep:
             if other.rule and not other.skipped and self.label(other) == self.label(setting)
             if 0 < other.lam < setting.lam
         )
-        return any(not other.keeps(self.limit, self.floor) for other in smaller)
+        return any(not other.keeps(self.limits) for other in smaller)
 
     @property
     def has_choice(self) -> bool:
@@ -129,7 +134,7 @@ class Sweep:
         ]
         lines += map(negative_strength, sorted({setting.lam for setting in measured if setting.lam < 0}))
         is_bounded = self.limit is not None or self.floor is not None
-        if is_bounded and not any(setting.keeps(self.limit, self.floor) for setting in measured):
+        if is_bounded and not any(setting.keeps(self.limits) for setting in measured):
             lines.append(self._nearest(measured))
         best = self.best
         if best is not None and best.rule:
@@ -146,18 +151,22 @@ class Sweep:
         return lines
 
     def _nearest(self, measured: Sequence[ScoredSetting]) -> str:
-        nearest = min(measured, key=lambda setting: setting.excess(self.limit, self.floor))
-        beyond = nearest.excess(self.limit, self.floor)
+        nearest = min(measured, key=lambda setting: setting.excess(self.limits))
+        beyond = nearest.excess(self.limits)
         what = "nothing that was tried keeps the bound"
         if not math.isfinite(beyond):
             return f"{what}: at every strength the losses are no longer finite; try smaller ones"
-        broken = f"retain loss is {beyond:.4g} too high" if self.limit is not None else ""
-        broken = broken or f"retain {self.metric} is {beyond:.4g} too low"
+        if not nearest.keeps(Limits(self.limit, self.floor)):
+            broken = f"retain {self.metric} is {beyond:.4g} too low"
+            if self.limit is not None:
+                broken = f"retain loss is {nearest.retain_loss - self.limit:.4g} too high"
+        else:
+            broken = f"forget loss is {beyond:.4g} above that of base"
         return f"{what}; nearest to it is {self.label(nearest)}, lambda {nearest.lam!r}, whose {broken}"
 
     def _largest(self, curve: list[ScoredSetting]) -> ScoredSetting:
         """The largest measured strength that keeps the bound, 0 among them."""
-        kept = (setting for setting in [self.original, *curve] if setting.keeps(self.limit, self.floor))
+        kept = (setting for setting in [self.original, *curve] if setting.keeps(self.limits))
         return max(kept, key=lambda setting: setting.lam)
 
     def __repr__(self) -> str:
@@ -225,9 +234,16 @@ class Sweep:
         """The result of a search on one curve."""
         best = self._largest(curve)
         if self.limit is not None:
-            within, value = f"keeps the retain loss within {self.limit:.6g}", "retain_loss"
+            within, values = f"keeps the retain loss within {self.limit:.6g}", ["retain_loss"]
         else:
-            within, value = f"keeps the retain {self.metric} at {self.floor:.6g} or more", "retain"
+            within, values = f"keeps the retain {self.metric} at {self.floor:.6g} or more", ["retain"]
+        if self.forget_limit is not None:
+            within += f" and the forget loss within that of base, {self.forget_limit:.6g}"
+            values.append("forget_loss")
+
+        def scores(setting: ScoredSetting) -> str:
+            return " and ".join(f"{getattr(setting, value):.6g}" for value in values)
+
         if best.lam == LARGEST:
             return f"Even lambda {LARGEST:g} {within}, and no larger one is tried."
         larger = [setting for setting in curve if setting.lam > best.lam]
@@ -237,8 +253,8 @@ class Sweep:
         if best.lam == 0:
             return f"No lambda that was tried {within}, down to {broken.lam!r}; none smaller is tried."
         return (
-            f"Lambda {best.lam!r} {within}, at {getattr(best, value):.6g}; the next larger that was tried, "
-            f"{broken.lam!r}, does not, at {getattr(broken, value):.6g}."
+            f"Lambda {best.lam!r} {within}, at {scores(best)}; the next larger that was tried, {broken.lam!r}, does "
+            f"not, at {scores(broken)}."
         )
 
     def save(self, directory: Path) -> None:
@@ -278,7 +294,7 @@ class Sweep:
             "largest": self.limit is not None or self.floor is not None,
             "closest": self.gold is not None and self.gold.is_finite,
         }
-        return has_all.get(self.select, False) and self.original.keeps(self.limit, self.floor)
+        return has_all.get(self.select, False) and self.original.keeps(self.limits)
 
 
 def as_notes(warnings: Iterable[str]) -> list[str]:

@@ -68,6 +68,7 @@ def sweep(
     max_retain_rise: float | None = None,
     max_retain_increase: float | None = None,
     retain_floor: float | None = None,
+    up_to_base: bool = False,
     rule: AnyRule | Sequence[AnyRule] = PRECONDITIONED,
     mu: float | Sequence[float] | None = None,
     p: float | Sequence[float] | None = None,
@@ -119,7 +120,8 @@ def sweep(
     alpha are for rules with importances; ``tv`` comes once.
     lams: different strengths, tried in rising order; None searches for the largest within the bound.
     target_retain_loss, max_retain_rise, max_retain_increase, retain_floor: the bound; give at most one. The largest
-    retain loss in nats, or in nats or percent above that at lam 0, or the smallest retain ``metric``.
+    retain loss in nats, or in nats or percent above that at lam 0, or the smallest retain ``metric``. up_to_base:
+    beside it, a forget loss of at most that of ``base``, which has not seen these rows.
     metric: what settings are chosen by: loss, Q_A_Prob, Q_A_ROUGE, extraction_strength, exact_memorization.
     select: "best-forget" chooses what has forgotten most within the bound, "closest" what is nearest to ``gold`` in
     both metrics. None: best-forget if there is a bound (after a search, among each curve's largest lam), else none.
@@ -137,10 +139,11 @@ def sweep(
     it is the call alone, until the model has begun to change. overwrite: replace what is there, start over.
     stream: hold one part of the model at a time, for models larger than the memory; needs ``out``. Importances and θ_f
     are made layer by layer, then all settings go through the model in one walk, so that none can be skipped; or in two,
-    if that is cheaper. Without lams, ``grid.DEFAULT_STRENGTHS`` are tried. ``scores`` has all metrics of ``evaluate``
-    that are made of token scores. memory, device_memory: bytes that this may take; None sets no limit. threads: to
-    subtract with; None takes all processors. group: the processes that deal the samples of a streamed sweep among them.
-    Each calls this with the same arguments; inputs and ``out`` must lie where all see them. None: this process alone.
+    if that is cheaper. Without lams, ``grid.DEFAULT_STRENGTHS`` are tried, then, in one more walk, some closer to the
+    bound. ``scores`` has all metrics of ``evaluate`` that are made of token scores. memory, device_memory: bytes that
+    this may take; None sets no limit. threads: to subtract with; None takes all processors. group: the processes that
+    deal the samples of a streamed sweep among them. Each calls this with the same arguments; inputs and ``out`` must
+    lie where all see them. None: this process alone.
     dtype: to run in; if it is narrower than the stored type, theta_full is rounded before the subtraction too.
 
     Raises InputError for bad input, a bound that lam 0 breaks, or an input that changed since the sweep began;

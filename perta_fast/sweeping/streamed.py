@@ -5,13 +5,16 @@ A walk is recorded after each step, and its scores when it is done: a sweep that
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from perta_fast.errors import InputError
 from perta_fast.memory import return_freed_blocks
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.runs.settings import threads_for
+from perta_fast.scoring.base_loss import BaseLoss
 from perta_fast.scoring.criteria import ORIGINAL
+from perta_fast.scoring.search import closer
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.streaming.forecast.forward_costs import ForwardEstimate, forward_estimate
 from perta_fast.streaming.forward.version import Version
@@ -26,7 +29,7 @@ from perta_fast.sweeping.walk_plan import Planning
 from perta_fast.sweeping.walked_model import WalkedModel
 from perta_fast.sweeping.weighing import Setting, Weighing, named
 
-_SETTINGS = "settings"  # a walk, and its plan; another is ORIGINAL
+_SETTINGS, _BASE = "settings", "base"  # walks, and their plans; another is ORIGINAL
 
 
 def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
@@ -39,9 +42,12 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
         begun.gold = checked_gold(gold, opened.gold.path)
         record.save()
     walks = _Walks(WalkedModel.open(opened, opened.sources.model.path), record)
+    if opened.request.asks_base and begun.base is None:
+        begun.base = walks.base_loss()
+        record.save()
     if opened.request.bounds_absolutely and begun.original is None:  # it may break the bound: before the first gradient
         record.add(walks.alone(ORIGINAL))
-        opened.request.bounds(walks.original)
+        begun.limits(walks.original)
     importances = opened.load_given() | keep_importances(opened, record, _estimated(opened, record))
     with ranks.together(PHASE):
         if ranks.first:
@@ -85,6 +91,18 @@ class _Walks:
         folder, versions = self.record.walk(name, alone=True), [Version(name)]
         return self._walk(folder, versions, self._plan(name, folder, versions, 0))[0]
 
+    def base_loss(self) -> BaseLoss:
+        """What theta_0 knows of the forget data, in a walk through it."""
+        opened, folder = self.walked.opened, self.record.walk(_BASE, alone=True)
+        try:
+            with opened.ranks.together("base"):
+                walked = self.walked.of_base()
+        except InputError as error:
+            return BaseLoss.unscored(error)
+        plan = replace(self, walked=walked)._plan(_BASE, folder, [Version(_BASE)], 0)
+        self.record.keep()
+        return BaseLoss.measured(opened.ranks.share(walked.forget_loss(folder, plan.schedule)))
+
     def settings(self, weighing: Weighing) -> list[ScoredSetting]:
         """What all settings score, in order."""
         opened, begun = self.walked.opened, self.record.begun
@@ -100,13 +118,33 @@ class _Walks:
             self._score("fine", rest, weighing, plan)
         else:
             self._score(_SETTINGS, every, weighing, plan)
-        opened.request.bounds(self.original)
-        return [self.original, *(begun.find(curve, lam) or curve.skipped(lam) for curve, lam in every)]
+        begun.limits(self.original)
+        closer = self._closer() if opened.request.searches_streamed else []
+        if closer:
+            self._score("closer", closer, weighing, plan)
+        order = sorted([*every, *closer], key=lambda setting: (opened.curves.index(setting[0]), setting[1]))
+        return [self.original, *(begun.find(curve, lam) or curve.skipped(lam) for curve, lam in order)]
+
+    def _closer(self) -> list[Setting]:
+        """Strengths of each curve between the largest of the row that keeps the bound and the next, which breaks it."""
+        opened, begun = self.walked.opened, self.record.begun
+        limits = begun.limits(self.original)
+        found: list[Setting] = []
+        for curve in opened.curves:
+            low = self.original
+            for row in (begun.find(curve, lam) for lam in sorted(opened.request.strengths or ())):
+                if row is None:  # a smaller one has broken the bound
+                    break
+                if not row.keeps(limits):
+                    found += [(curve, lam) for lam in closer(low, row, self.original, limits)]
+                    break
+                low = row
+        return found
 
     def _beyond(self, curve: Curve, lam: float) -> bool:
         """Whether a smaller strength above 0 has broken the bound."""
         smaller = (row for row in self.record.begun.rows if curve.has(row) and 0 < row.lam < lam)
-        return any(excess(self.walked.opened, self.original, row) > 0 for row in smaller)
+        return any(excess(self.record.begun, self.original, row) > 0 for row in smaller)
 
     def _score(self, name: str, settings: Sequence[Setting], weighing: Weighing, plan: WalkPlan) -> None:
         """Walk for those that are not scored yet, and for the model as it is, with as many at once as the plan has."""
@@ -158,7 +196,7 @@ class _Walks:
 def _notes(opened: OpenedSweep) -> list[str]:
     """What to say of a streamed sweep."""
     request = opened.request
-    if request.lams is not None:
+    if not request.searches_streamed:
         return []
     tried = ", ".join(f"{lam:g}" for lam in request.strengths or ())
-    return [f"a streamed sweep cannot search, so these strengths were tried: {tried}"]
+    return [f"first these strengths were tried, in one walk or two: {tried}; then some closer to the bound"]

@@ -24,7 +24,8 @@ from perta_fast.files.new_directory import (
 from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import this_version
-from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.scoring.base_loss import BaseLoss
+from perta_fast.scoring.setting import Limits, ScoredSetting
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.request import Request
@@ -32,7 +33,7 @@ from perta_fast.sweeping.request import Request
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
 _WALKS = "walks"
 _FORMAT = "perta-sweep"
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Begun:
     rows: the scored settings. gold: the gold model's scores, once they are known. plans: of a streamed sweep's walks,
     by name, once they are made. applying: whether the model may be changed already, in place. processes: that do it
     together. kept: the files of what is kept, by what it is: written down just before they get their place
-    (``keeping``). types: in which models run, by their paths.
+    (``keeping``). types: in which models run, by their paths. base: what theta_0 knows of the forget data, once that is
+    known.
     """
 
     request: Request
@@ -77,6 +79,7 @@ class Begun:
     processes: int = 1
     kept: dict[str, dict[str, Fingerprint]] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
+    base: BaseLoss | None = None
 
     def _check(self) -> None:
         """Raise InputError for what no sweep is begun with: whoever wrote the record, it is not believed."""
@@ -97,6 +100,10 @@ class Begun:
     def original(self) -> ScoredSetting | None:
         """What the model as it is has scored."""
         return next((row for row in self.rows if not row.rule), None)
+
+    def limits(self, original: ScoredSetting) -> Limits:
+        """What settings have to keep, as in ``Request.limits``."""
+        return self.request.limits(original, self.base or BaseLoss())
 
     def going_on(self, final: Path) -> str:
         """The command that goes on with the sweep to ``final``, by as many processes as began it."""
@@ -229,5 +236,5 @@ class Record:
         folder.mkdir(exist_ok=True)
         about = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "version": this_version()}
         write_record(folder / SWEEP_RECORD, about | asdict(self.begun))
-        if self.begun.rows or self.begun.gold is not None:
+        if self.begun.rows or self.begun.gold is not None or self.begun.base is not None:
             self.keep()

@@ -7,10 +7,12 @@ from typing import Any
 
 from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.distributed.ranks import Ranks
+from perta_fast.errors import InputError
 from perta_fast.importance.store import WIDTH
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs.precondition import vector_size
 from perta_fast.runs.settings import threads_for
+from perta_fast.scoring.search import CLOSER
 from perta_fast.streaming.forecast.costs import Load
 from perta_fast.streaming.forecast.dry_run import Conditions, preview
 from perta_fast.streaming.forecast.forecast import Forecast
@@ -40,11 +42,18 @@ def walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[t
         costs = preview(subject, retain, None, place, conditions, low_rank=low_rank, **how)
         yield f"rule {PRECONDITIONED}{each}:", costs
     if opened.gold is not None:
-        yield "the gold model:", _scoring(opened, opened.gold.path, 1, threads, world)
-    every, model = _count(opened), opened.sources.model.path
+        yield "the gold model:", _scoring(WalkedModel.open(opened, opened.gold.path), 1, threads, world)
+    every, model = _count(opened), WalkedModel.open(opened, opened.sources.model.path)
+    base = _base_of(model) if request.asks_base else None
+    if base is not None:
+        yield "base, on the forget data:", _scoring(base, 1, threads, world)
     if request.bounds_absolutely:
-        yield "the model as it is, which may break the bound:", _scoring(opened, model, 1, threads, world)
-    yield f"{every} settings:", _scoring(opened, model, every, threads, world)
+        yield "the model as it is, which may break the bound:", _scoring(model, 1, threads, world)
+    curves = len(opened.curves) if request.is_bounded else 0
+    yield f"{every} settings:", _scoring(model, every, threads, world, curves)
+    if curves and request.searches_streamed:
+        closer = curves * CLOSER
+        yield f"at most {closer} settings closer to the bound:", _scoring(model, closer, threads, world)
 
 
 def _count(opened: OpenedSweep) -> int:
@@ -60,9 +69,20 @@ def _to_be_made(opened: OpenedSweep) -> int:
     return _IMPORTANCES * changed * len(opened.estimated()) + vectors
 
 
-def _scoring(opened: OpenedSweep, path: Path, count: int, threads: int, world: int) -> Forecast:
-    """The costs of walking through the model in ``path`` for so many versions of it; one is the model as it is."""
-    walked, request = WalkedModel.open(opened, path), opened.request
+def _base_of(model: WalkedModel) -> WalkedModel | None:
+    """theta_0 on the forget data; None if it cannot be scored, of which the sweep warns."""
+    try:
+        return model.of_base()
+    except InputError:
+        return None
+
+
+def _scoring(walked: WalkedModel, count: int, threads: int, world: int, curves: int = 0) -> Forecast:
+    """The costs of walking through a model for so many versions of it; one is the model as it is.
+
+    curves: as in ``Planning``.
+    """
+    opened, request = walked.opened, walked.opened.request
     lengths = [[len(sample.input_ids) for sample in of_set.samples] for of_set in walked.sets]
     skeleton, load = walked.skeleton, Load(lengths).share(world)
 
@@ -73,7 +93,6 @@ def _scoring(opened: OpenedSweep, path: Path, count: int, threads: int, world: i
         compared = replace(every, count=versions)
         return ForwardEstimate(skeleton, load, skeleton.device, compared, threads=threads)
 
-    curves = len(opened.curves) if request.is_bounded and count > 1 else 0
     planning = Planning(estimate, count, curves, request, Path(str(request.out)), skeleton.first_shard, world)
     forecast = planning.plan(announce=True)[1]
     assert forecast is not None

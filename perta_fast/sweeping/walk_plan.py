@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from perta_fast.scoring.search import CLOSER
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule, rates_for
 from perta_fast.streaming.forecast.forecast import Forecast
 from perta_fast.streaming.forecast.forward_costs import ForwardEstimate
@@ -57,6 +58,13 @@ class Planning:
         return min(found, key=lambda cut: cut[0].groups * math.ceil(self.count / cut[1]))
 
     def _in_words(self, plan: WalkPlan) -> str:
+        """How many walks, and what each is of."""
+        closer = ""
+        if self.curves and self.request.searches_streamed:
+            closer = f"; then a walk with up to {self.curves * CLOSER} settings closer to the bound"
+        return f"{self._walks_in_words(plan)}{closer}"
+
+    def _walks_in_words(self, plan: WalkPlan) -> str:
         walks = plan.groups * math.ceil(self.count / plan.most)
         if plan.twice:
             first = ", ".join(f"{lam:g}" for lam in coarse(self.request.strengths or []))

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from perta_fast.data.rows import Row
 from perta_fast.data.samples import Sample
+from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.own_data import OwnData
-from perta_fast.models.loading import Subject
+from perta_fast.models.loading import Subject, samples_for
 from perta_fast.runs.settings import threads_for
 from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.setting import ScoredSetting
@@ -61,15 +62,35 @@ class WalkedModel:
         """What each version is run over."""
         return list(self.asking.sets.values())
 
+    def of_base(self) -> "WalkedModel":
+        """theta_0 in its place, on the forget data alone, in the same tokens.
+
+        Raises InputError if it does not know them all, or cannot be walked.
+        """
+        opened, path = self.opened, self.opened.sources.base.path
+        samples = self.asking.tokenised["forget"]
+        subject, skeleton = opened.structure(path, text=False)
+        samples_for(subject, samples, None)
+        forget = SampleSet("forget", samples)
+        return replace(self, skeleton=skeleton, asking=replace(self.asking, sets={"forget": forget}))
+
+    def forget_loss(self, folder: Path, schedule: Schedule) -> float:
+        """The mean loss of the model as it is on the forget data, in nats; every rank calls it."""
+        (found,) = self.walk([Version("base")], folder, "base", schedule)
+        return math.nan if found.not_finite else mean([-mean(row.log_probs) for row in found.scores["forget"]])
+
     def score(
         self, versions: Sequence[Version], folder: Path, description: str, schedule: Schedule
     ) -> list[ScoredSetting]:
-        """Walk for all versions together; every rank calls it. folder, schedule: as in ``score_versions``.
+        """Walk for all versions together; every rank calls it. folder, schedule: as in ``score_versions``."""
+        return list(map(self._setting, self.walk(versions, folder, description, schedule)))
 
-        A walk that was stopped goes on from what it left in ``folder``.
-        """
+    def walk(
+        self, versions: Sequence[Version], folder: Path, description: str, schedule: Schedule
+    ) -> list[VersionScores]:
+        """The token scores of each version. A walk that was stopped goes on from what it left in ``folder``."""
         opened = self.opened
-        found = score_versions(
+        return score_versions(
             self.skeleton,
             versions,
             self.sets,
@@ -81,7 +102,6 @@ class WalkedModel:
             description=description,
             ranks=opened.ranks,
         )
-        return list(map(self._setting, found))
 
     def _setting(self, found: VersionScores) -> ScoredSetting:
         request, asking = self.opened.request, self.asking

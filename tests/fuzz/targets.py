@@ -131,7 +131,7 @@ def _read_sweep(file: Path) -> None:
     assert sweep.original in sweep.rows
     assert sum(map(len, sweep.curves().values())) == sum(bool(setting.rule) for setting in sweep.rows)
     best = sweep.best
-    assert best is None or best.keeps(sweep.limit, sweep.floor)
+    assert best is None or best.keeps(sweep.limits)
 
 
 def _read_scores(file: Path) -> None:

@@ -56,6 +56,11 @@ def test_in_words() -> None:
             {"bound": "max_retain_rise", "value": 0.05},
             "forgotten most while the retain loss rises by at most 0.05 nats",
         ),
+        (
+            {"bound": "max_retain_rise", "value": 0.05, "base_forget_loss": 2.6},
+            "forgotten most while the forget loss is at most that of base, 2.6, and the retain loss rises by at most "
+            "0.05 nats",
+        ),
         ({"bound": "target_retain_loss", "value": 2.0}, "forgotten most while the retain loss is at most 2 nats"),
         (
             {"bound": "retain_floor", "value": 0.7, "metric": "Q_A_Prob"},

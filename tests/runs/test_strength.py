@@ -15,8 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perta_fast import Importance, InputError, Interrupted, Report, RunError, apply, cli, resume, sweep, unlearn, verify
-from perta_fast.data.rows import evenly_spread, load_rows
-from perta_fast.data.samples import encode
+from perta_fast.data.rows import evenly_spread
 from perta_fast.models import loading
 from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.rules import DEFAULT_RETAIN_RISE
@@ -27,7 +26,17 @@ from tests.checkpoints.test_adapters import make_adapter
 from tests.distributed.launch import perta_on_ranks
 from tests.support.checkpoints import fingerprint
 from tests.support.children import perta, signal_at
-from tests.support.models import CHAT_TEMPLATE, FORGET, RETAIN, Job, llama, tokenizer, write_job, write_lines
+from tests.support.models import (
+    CHAT_TEMPLATE,
+    FORGET,
+    RETAIN,
+    Job,
+    llama,
+    tokenizer,
+    write_job,
+    write_learnt_job,
+    write_lines,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -340,7 +349,7 @@ def test_a_base_that_is_the_model_is_not_asked(job: Job, tmp_path: Path, monkeyp
             "the forget loss of model is 1, and that of base 1.09: the model has learnt nothing .* so the bound alone",
         ),
         (0.5, "the forget loss of model is 1, and that of base 0.5: the model has learnt nothing of the forget data"),
-        (math.inf, "the loss of base on the forget data is not finite, so the bound alone has ended the search$"),
+        (math.inf, "the loss of base on the forget data is not finite, so the bound alone has decided$"),
         (math.nan, "the loss of base on the forget data is not finite"),
     ],
 )
@@ -356,7 +365,7 @@ def test_a_base_that_sets_no_end(
 def test_a_base_that_does_not_know_all_tokens(job: Job, tmp_path: Path) -> None:
     small = write_job(tmp_path / "small", vocab_size=40)
     report = run(replace(job, base=small.base, tuned=small.tuned), tmp_path / "out", rule="tv", common_rows=True)
-    assert report.warnings[0].startswith("base cannot be scored on the forget data, so the bound alone has ended")
+    assert report.warnings[0].startswith("base cannot be scored on the forget data, so the bound alone has decided")
     assert "the model knows those below 40" in report.warnings[0] and chosen(report).base_forget_loss is None
 
 
@@ -367,25 +376,9 @@ def test_no_strength_forgets_less_than_the_base(job: Job, tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def learn_(model: Any, data: Path, times: int) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    for sample in times * encode(load_rows(data), tokenizer(), max_length=512):
-        model(torch.tensor([sample.input_ids]), labels=torch.tensor([sample.labels])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def test_what_was_learnt_is_subtracted_and_no_more(tmp_path: Path) -> None:
     """Where θ_f is θ_full, strength 1 gives θ_0."""
-    job = write_job(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32)
-    for weights in [file for path in job.checkpoints for file in path.glob("model*")]:
-        weights.unlink()
-    learn_(model, job.retain, 20)
-    model.save_pretrained(job.base)
-    learn_(model, job.forget, 2)
-    for path in (job.model, job.tuned):
-        model.save_pretrained(path)
+    job = write_learnt_job(tmp_path)
     report = run(job, tmp_path / "out", rule="tv")
     assert report.lam == pytest.approx(1, rel=0.02) and report.warnings == []
     choice = chosen(report)

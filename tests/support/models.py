@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from perta_fast.data.samples import IGNORED, Sample
+from perta_fast.data.rows import load_rows
+from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.models.running_type import running_type
 
 CHAT_TEMPLATE = (
@@ -111,6 +112,29 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write a JSON lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_learnt_job(folder: Path) -> Job:
+    """One whose model has learnt the forget data since base, and is the tuned model too: strength 1 gives base."""
+    job = write_job(folder)
+    model = LlamaForCausalLM.from_pretrained(job.base, dtype=torch.float32)
+    for weights in [file for path in job.checkpoints for file in path.glob("model*")]:
+        weights.unlink()
+    learn_(model, job.retain, 20)
+    model.save_pretrained(job.base)
+    learn_(model, job.forget, 2)
+    for path in (job.model, job.tuned):
+        model.save_pretrained(path)
+    return job
+
+
+def learn_(model: PreTrainedModel, data: Path, times: int) -> None:
+    """Train on every row so often."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for sample in times * encode(load_rows(data), tokenizer(), max_length=512):
+        model(torch.tensor([sample.input_ids]), labels=torch.tensor([sample.labels])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def write_job(folder: Path, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "40KB", **changes: Any) -> Job:

@@ -16,8 +16,8 @@ from perta_fast import InputError, RunError, Sweep, apply, cli, estimate_importa
 from perta_fast.records.report import Report
 from perta_fast.reporting.evidence import read_curves
 from perta_fast.scoring.live_model import LiveModel
-from perta_fast.scoring.search import LARGEST, SMALLEST, search
-from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.scoring.search import CLOSER, LARGEST, SMALLEST, closer, search
+from perta_fast.scoring.setting import Limits, ScoredSetting
 from perta_fast.sweeping.grid import curves_of, measure_rising
 from perta_fast.sweeping.results import as_notes
 from tests.support.checkpoints import read_checkpoint, same_bytes
@@ -84,7 +84,7 @@ def test_larger_strengths_are_skipped_once_one_is_broken(kept: dict[int, bool], 
         return row(lam, 1.0, 0.0 if kept[int(lam)] else 1.0)
 
     rows = measure_rising(
-        lams, measure, lambda lam: row(lam, 1.0, 0.0, skipped=True), lambda each: each.keeps(0.5, None)
+        lams, measure, lambda lam: row(lam, 1.0, 0.0, skipped=True), lambda each: each.keeps(Limits(0.5))
     )
     assert [each.lam for each in rows] == sorted(lams)
     for each in rows:
@@ -121,7 +121,7 @@ Curve = Callable[[float], float]
 
 def searched(curve: Curve, limit: float) -> list[ScoredSetting]:
     return search(
-        lambda lam: row(lam, 1.0, curve(lam)), lambda each: each.excess(limit, None), row(0.0, 1.0, limit - 1)
+        lambda lam: row(lam, 1.0, curve(lam)), lambda each: each.excess(Limits(limit)), row(0.0, 1.0, limit - 1)
     )
 
 
@@ -193,7 +193,7 @@ def test_a_number_that_is_not_finite_breaks_the_limit(number: str) -> None:
     def measure(lam: float) -> ScoredSetting:
         return row(lam, 1.0, 0.0, **{number: math.inf if lam > 3 else 1.0})
 
-    rows = search(measure, lambda each: each.excess(0.5, None), row(0.0, 1.0, 0.0))
+    rows = search(measure, lambda each: each.excess(Limits(0.5)), row(0.0, 1.0, 0.0))
     assert 2.97 < max(row.lam for row in rows if getattr(row, number) == 1.0) <= 3
 
 
@@ -216,13 +216,59 @@ def test_what_is_said_of_a_search() -> None:
     )
     falling = search(
         lambda lam: row(lam, 1.0, 1.0, retain=1 - lam),
-        lambda each: each.excess(None, -1.5),
+        lambda each: each.excess(Limits(retain=-1.5)),
         row(0.0, 1.0, 1.0, retain=1.0),
     )
     assert outcome(falling, metric="Q_A_Prob", floor=-1.5) == (
         "Lambda 2.5 keeps the retain Q_A_Prob at -1.5 or more, at -1.5; the next larger that was tried, "
         "2.51, does not, at -1.51."
     )
+
+
+def test_what_is_said_of_a_search_up_to_the_base() -> None:
+    limits = {"limit": 0.5, "forget_limit": 2.0}
+    rows = search(
+        lambda lam: row(lam, lam, lam / 10), lambda each: each.excess(Limits(0.5, forget_loss=2.0)), row(0.0, 0.0, 0.0)
+    )
+    assert outcome(rows, **limits) == (
+        "Lambda 2.0 keeps the retain loss within 0.5 and the forget loss within that of base, 2, at 0.2 and 2; "
+        "the next larger that was tried, 2.008, does not, at 0.2008 and 2.008."
+    )
+    found = table(row(1.0, 2.5, 0.3), select="best-forget", **limits)
+    assert found.warnings() == [
+        "nothing that was tried keeps the bound; nearest to it is tv, lambda 1.0, whose forget loss is 0.5 above that "
+        "of base"
+    ]
+
+
+LOSSES = st.floats(0, 20) | st.just(math.inf)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1.001, 100), LOSSES, LOSSES, st.floats(0, 3), st.floats(0, 3))
+def test_closer_strengths_lie_between(
+    low: float, ratio: float, retain: float, forget: float, least: float, known: float
+) -> None:
+    """Whatever they score; some are tried unless there is no room."""
+    limits = Limits(least + 0.05, forget_loss=known + 0.1)
+    original, kept = row(0.0, known, least, ""), row(low, known + 0.05, least + 0.01)
+    high = low * ratio
+    found = closer(kept, row(high, forget, retain), original, limits)
+    assert all(low < lam < high for lam in found) and len(set(found)) == len(found) <= CLOSER
+    assert found or ratio < 1.2
+    assert closer(original, row(high, forget, retain), original, limits) == [high / 8, high / 4, high / 2]
+
+
+@pytest.mark.parametrize("power", [0.7, 1, 2, 3])
+@pytest.mark.parametrize("first", [3.0, 30.0])
+def test_closer_strengths_lie_around_the_first_crossing(power: float, first: float) -> None:
+    """first: where the retain loss breaks its limit; the forget loss does at 3.1."""
+    original, limits = row(0.0, 0.0, 0.0, ""), Limits(0.1, forget_loss=2.0)
+
+    def at(lam: float) -> ScoredSetting:
+        return row(lam, 2 * (lam / 3.1) ** power, 0.1 * (lam / first) ** power)
+
+    found = closer(at(2.0), at(4.0), original, limits)
+    assert min(found) < min(first, 3.1) < max(found) and min(abs(lam - min(first, 3.1)) for lam in found) < 0.01
 
 
 # What is chosen.

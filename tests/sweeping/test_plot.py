@@ -87,8 +87,8 @@ def test_a_sweep_rings_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plot, "trade_off", lambda *given: drawn.append(given) or trade_off(*given))
     rows = [ScoredSetting("", 1, 1, 0, 0.08, 0.07, 0.08, 0.07, 0, 1)]
     rows += [ScoredSetting("tv", 1, 1, lam, y, x, y, x, 0.5, 1) for lam, x, y in curve(0.9, 0.01)[1:]]
-    assert draw(Sweep(rows, "loss", LIMIT, None, "best-forget", {}, {}, {}), tmp_path / "sweep.png")
+    assert draw(Sweep(rows, "loss", LIMIT, None, "best-forget", {}, {}, {}, forget_limit=2.5), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    ((_, points, metric, bound),) = drawn
-    assert (metric, bound) == ("loss", LIMIT)
+    ((_, points, metric, bound, base),) = drawn
+    assert (metric, bound, base) == ("loss", LIMIT, 2.5)
     assert points == [("chosen: tv, λ 2", curve(0.9, 0.01)[4][1:])]

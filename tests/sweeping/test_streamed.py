@@ -267,11 +267,15 @@ def test_one_walk_and_no_loaded_model(
 
 
 def test_without_strengths(jobs: Jobs, tmp_path: Path) -> None:
-    """A search would need a walk for each trial: the usual strengths are tried."""
+    """A search would need a walk for each trial: the usual strengths are tried, then some closer to the bound."""
     found = run(jobs(F32), rule="tv", max_retain_rise=0.01, stream=True, out=tmp_path / "out")
-    assert [row.lam for row in found.rows[1:]] == list(DEFAULT_STRENGTHS)
-    assert found.select == "best-forget"
-    assert found.notes[0].startswith("a streamed sweep cannot search, so these strengths were tried: 0.25, 0.5")
+    lams = [row.lam for row in found.rows[1:]]
+    assert lams == sorted(lams) and {*DEFAULT_STRENGTHS} < {*lams}
+    kept = max(row.lam for row in found.rows[1:] if row.lam in DEFAULT_STRENGTHS and row.keeps(found.limits))
+    broken = min(row.lam for row in found.rows[1:] if row.lam > kept and row.lam in DEFAULT_STRENGTHS)
+    assert all(kept < lam < broken for lam in {*lams} - {*DEFAULT_STRENGTHS})
+    assert found.select == "best-forget" and found.best.lam > kept
+    assert found.notes[0].startswith("first these strengths were tried, in one walk or two: 0.25, 0.5")
 
 
 @pytest.mark.parametrize("second", [True, False])
@@ -291,8 +295,7 @@ def test_two_walks(
         first = ["the model as it is", *(f"{rule}, lambda {lam}" for rule in ("tv", "fisher") for lam in (-1, 30, 300))]
         assert walks[0] == first
         broken = {
-            rule: min(lam for lam in (30, 300) if not whole[rule, lam].keeps(found.limit, None))
-            for rule in ("tv", "fisher")
+            rule: min(lam for lam in (30, 300) if not whole[rule, lam].keeps(found.limits)) for rule in ("tv", "fisher")
         }
         assert skipped == {(rule, lam) for rule in broken for lam in (1, 200, 400) if lam > broken[rule]} != set()
         assert len(walks) == 2
