@@ -75,7 +75,7 @@ def check_strength(lam: float | None, max_retain_rise: float | None, stream: boo
     if stream:
         raise InputError(
             "a streamed run cannot choose lam, since a search needs the whole model in memory; give ‹lam›, or score "
-            "several with ‹choose›"
+            "several with ‹choose› (up-to-base ends where the search would)"
         )
     if allow_zero:
         raise InputError(

@@ -8,8 +8,8 @@ from perta_fast.errors import InputError
 from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, Estimator, Rule, check_mu
 from perta_fast.scoring.setting import ScoredSetting
 
-# Where a streamed sweep, which cannot search, looks for the largest strength within a bound: from what the plain task
-# vector takes to what a preconditioned one does.
+# Where a streamed sweep looks first for the largest strength within a bound: from what the plain task vector takes to
+# what a preconditioned one does.
 DEFAULT_STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0)
 _UNWEIGHED = {"tv", PRECONDITIONED}  # rules without p and alpha
 

@@ -33,8 +33,8 @@ class Sweep:
     rows: the model as it is, then the settings of each curve, in the order of strength. metric: what
     ``forget`` and ``retain`` of a setting are. limit: the largest allowed retain loss; floor: the smallest allowed
     retain metric; forget_limit: the largest allowed forget loss, which is that of base; None where there was no such
-    bound. select: how ``best`` is chosen. gold: the gold model, on the
-    same data. importance: by estimator, then ``forget`` and ``retain``. preconditioned: how each θ_f of a mu was made.
+    bound. select: how ``best`` is chosen. gold: the gold model, on the same data. importance: by estimator, then
+    ``forget`` and ``retain``. preconditioned: how each θ_f of a mu was made.
     """
 
     rows: list[ScoredSetting]

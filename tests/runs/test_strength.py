@@ -426,7 +426,9 @@ def test_commands_that_cannot_choose(job: Job, tmp_path: Path, capsys: pytest.Ca
     for more in (["--stream"], ["--stream", "--dry-run"]):
         assert cli.main(["unlearn", "--rule=fisher", *places, "--out", str(tmp_path / "out"), *more]) == 2
         said = capsys.readouterr()
-        assert said.out == "" and said.err.splitlines()[-1].endswith("or score several with --choose")
+        assert said.out == "" and said.err.splitlines()[-1].endswith(
+            "or score several with --choose (up-to-base ends where the search would)"
+        )
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit):
         cli.main(
