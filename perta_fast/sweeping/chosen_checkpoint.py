@@ -11,7 +11,7 @@ from perta_fast.files.apart import check_inputs_stay
 from perta_fast.files.journal import JOB, JOURNAL
 from perta_fast.files.new_directory import check_output, check_unfinished
 from perta_fast.progress import Progress
-from perta_fast.records.report import Report, truncation_warnings
+from perta_fast.records.report import Report
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
@@ -74,8 +74,7 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
         report.setting_choice = recorded_choice(request, sweep)
         if not given:
             report.recipe = chosen_recipe(request, sweep)
-        warnings = truncation_warnings(sweep.data) + ([] if made is None else made.warnings) + sweep.warnings()
-        for warning in dict.fromkeys(warnings):
+        for warning in sweep.warned():
             report.warn(warning)
         if checking is not None:
             checking.annotate(report)

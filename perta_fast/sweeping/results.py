@@ -150,6 +150,10 @@ class Sweep:
                     lines.append(f"the chosen {name}, {chosen:g}, is the {end} that was tried; try {more} ones too")
         return lines
 
+    def warned(self) -> list[str]:
+        """All warnings among the notes, those of data, prompts, θ_f and base too."""
+        return [note.removeprefix(_WARNING) for note in self.notes if note.startswith(_WARNING)]
+
     def _nearest(self, measured: Sequence[ScoredSetting]) -> str:
         nearest = min(measured, key=lambda setting: setting.excess(self.limits))
         beyond = nearest.excess(self.limits)
@@ -181,11 +185,10 @@ class Sweep:
         rows = [[self.label(row), f"{row.lam:g}", *self._cells(row, columns)] for row in self.rows]
         if self.gold is not None:
             rows.append(["gold", "", *self._cells(self.gold, columns)])
-        warnings = [note.removeprefix(_WARNING) for note in self.notes if note.startswith(_WARNING)]
         notes = [note for note in self.notes if not note.startswith(_WARNING)]
         head = ["rule", "λ", *columns, "changed"]
         chosen = None if best is None else self.rows.index(best)
-        return Shown(repr(self).strip("<>"), head, rows, [*self._outcome(), *notes], warnings, chosen).as_html()
+        return Shown(repr(self).strip("<>"), head, rows, [*self._outcome(), *notes], self.warned(), chosen).as_html()
 
     def _cells(self, setting: ScoredSetting, columns: Mapping[str, str]) -> list[str]:
         if setting.skipped:

@@ -1,6 +1,7 @@
 """Sweeps and choices that go no further than to the forget loss of base, in memory and streamed."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,17 @@ def test_a_stopped_streamed_sweep_goes_on(
     done, steps[0] = steps[0], 0
     measured(learnt, tmp_path / "count", stream=True)
     assert done == steps[0]
+
+
+@BOTH
+def test_the_report_of_the_result_warns_too(stream: bool, learnt: Job, tmp_path: Path) -> None:
+    """Of a base that is no limit."""
+    base = Path(shutil.copytree(learnt.base, tmp_path / "base"))
+    (base / "config.json").unlink()
+    report = run(replace(learnt, base=base), tmp_path / "out", stream=stream, lams=[1])
+    (said,) = (warning for warning in report.warnings if "base" in warning)
+    assert said.startswith("base cannot be scored on the forget data, so the bound alone has decided: ")
+    assert report.setting_choice is not None and report.setting_choice.base_forget_loss is None
 
 
 def test_base_is_not_scored_again(learnt: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
