@@ -64,7 +64,7 @@ def parsed_choice(*given: str) -> argparse.Namespace:
 def test_what_chooses_takes_every_option_of_unlearn_but_those_of_one_setting() -> None:
     parsed = parsed_choice()
     found, parameters = choosing.settings_of(parsed), inspect.signature(choose).parameters
-    bounds = {"target_retain_loss", "max_retain_increase", "retain_floor"}
+    bounds = {"target_retain_loss", "max_retain_increase", "retain_floor", "up_to_base"}
     assert parameters.keys() - found.keys() == bounds | {"group"}
     assert found.keys() <= parameters.keys()
     given = {"model", "base", "tuned", "forget", "retain", "out", "max_retain_rise", "rules"}

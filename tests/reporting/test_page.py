@@ -214,7 +214,8 @@ def test_how_the_setting_was_chosen(
     assert text.count("chosen\n") == 2  # in the heading, and in one row
     for each in choice.tried:
         assert each.curve in text and f"{each.forget:.4g}" in text and f"{each.retain_loss:.4g}" in text
-    curves, points, named, bound = drawn[-1]  # the sweep draws a plot of its own before
+    curves, points, named, bound, base = drawn[-1]  # the sweep draws a plot of its own before
+    assert base == choice.base_forget_loss
     assert list(curves) == ["fisher, p 2, α 1", "fisher, p 2, α 4"]
     of_chosen = [(each.lam, each.retain, each.forget) for each in choice.tried if each.curve == choice.after.curve]
     assert curves[choice.after.curve] == [(0.0, choice.before.retain, choice.before.forget), *of_chosen]
