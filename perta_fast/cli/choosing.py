@@ -31,7 +31,7 @@ _OF_ONE_SETTING = ("whole_importance", "link_unchanged", "drop_cache", "allow_ze
 _SINGLE = {"rule": "rules", "mu": "mus", "alpha": "alphas"}  # options that give one, by those that give several
 
 
-def _bound(text: str) -> dict[str, float]:
+def _bound(text: str) -> dict[str, float | bool]:
     """A bound by the name of its argument, as in max-retain-increase=5, or that of base with one on the retain loss."""
     name, equals, value = text.partition("=")
     if name not in _BOUNDS:

@@ -21,11 +21,12 @@ from perta_fast.arguments import check_sizes
 from perta_fast.data.chat import ChatSettings, told
 from perta_fast.data.rows import Row, evenly_spread
 from perta_fast.errors import InputError, RunError
+from perta_fast.files.identity import is_same
 from perta_fast.records.report import Report
 from perta_fast.records.strength_choice import StrengthChoice, TriedStrength
 from perta_fast.rules import DEFAULT_RETAIN_RISE
 from perta_fast.runs.encoded_rows import EncodedRows
-from perta_fast.scoring.base_loss import BaseLoss, is_limit
+from perta_fast.scoring.base_loss import BaseLoss
 from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.search import LARGEST, search
 from perta_fast.scoring.setting import Limits, ScoredSetting
@@ -73,8 +74,8 @@ class StrengthSearch:
         begun = cls(opened, count, total)
         if opened.ranks.first:
             begun._tokenise(chosen, day)
-            if options.max_retain_rise is None and is_limit(options.base, options.model):
-                begun.base = begun._score_base()
+            if options.max_retain_rise is None and not is_same(options.base, options.model):
+                begun._score_base()
             begun._score_original()
         begun.seconds = time.perf_counter() - started
         return begun
@@ -152,18 +153,11 @@ class StrengthSearch:
         for role, of_role in samples.items():
             self.encoded.note(role, of_role, told(reader.tokenizer))
 
-    def _score_base(self) -> BaseLoss:
-        from perta_fast.models.loading import samples_for
-        from perta_fast.scoring.live_model import ScoredData, ScoredModel
+    def _score_base(self) -> None:
+        from perta_fast.scoring.live_model import score_base
 
         assert self.data is not None
-        forget = {"forget": self.data.samples["forget"]}
-        try:
-            examinee = self._examinee(Path(self.opened.options.base))
-            samples_for(examinee.subject, forget["forget"], None)
-            return BaseLoss.measured(ScoredModel(examinee, ScoredData(forget), LOSS).loss("forget", "base"))
-        except InputError as error:
-            return BaseLoss.unscored(error)
+        self.base = score_base(lambda: self._examinee(Path(self.opened.options.base)), self.data.samples["forget"])
 
     def _score_original(self) -> None:
         from perta_fast.models.loading import samples_for

@@ -5,10 +5,8 @@ A strength that takes the forget loss further only shows that something was remo
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from perta_fast.errors import InputError
-from perta_fast.files.identity import is_same
 from perta_fast.records.check import FORGOTTEN_RISE
 
 _BOUND_ALONE = "the bound alone has decided"
@@ -18,7 +16,7 @@ _BOUND_ALONE = "the bound alone has decided"
 class BaseLoss:
     """The forget loss of theta_0, a mean over the rows in nats; None if it is no limit, and then ``warning`` says why.
 
-    Without a loss or a warning, theta_0 is the model itself.
+    With neither, it is not asked for.
     """
 
     loss: float | None = None
@@ -46,8 +44,3 @@ class BaseLoss:
             f"nothing of the forget data that base does not know, so {_BOUND_ALONE}. Is base the checkpoint that "
             "model was tuned from?",
         )
-
-
-def is_limit(base: str | Path, model: str | Path) -> bool:
-    """Whether what theta_0 knows is to be measured: not if it is the model itself."""
-    return not is_same(base, model)

@@ -1,7 +1,7 @@
 """What a setting scores: theta_full as a live module, changed, scored and restored, without a checkpoint."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
@@ -20,8 +20,10 @@ from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
 from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import held_tensors
+from perta_fast.models.loading import samples_for
 from perta_fast.models.same_names import named_as_module
 from perta_fast.rules import Estimator, Rule, RuleName
+from perta_fast.scoring.base_loss import BaseLoss
 from perta_fast.scoring.criteria import LOSS, ORIGINAL
 from perta_fast.scoring.importances import Importances, rule_of
 from perta_fast.scoring.scored_data import ROUGE
@@ -95,6 +97,16 @@ class ScoredModel:
         """With words of any script: a sweep must not choose by a number that cannot see the answers."""
         truth = self._data.answers[role]
         return self._examinee.rouge(f"{role}_{ROUGE}", truth, answers, "rougeL_recall", any_script=True).value
+
+
+def score_base(load: Callable[[], Examinee], samples: Sequence[Sample]) -> BaseLoss:
+    """What theta_0, which ``load`` loads, knows of the forget data. samples: that, in the tokens of theta_full."""
+    try:
+        examinee = load()
+        samples_for(examinee.subject, samples, None)  # checks that it knows them
+        return BaseLoss.measured(ScoredModel(examinee, ScoredData({"forget": samples}), LOSS).loss("forget", "base"))
+    except InputError as error:
+        return BaseLoss.unscored(error)
 
 
 class LiveModel(ScoredModel):

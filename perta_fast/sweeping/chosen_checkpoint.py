@@ -74,7 +74,7 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
         report.setting_choice = recorded_choice(request, sweep)
         if not given:
             report.recipe = chosen_recipe(request, sweep)
-        for warning in sweep.warned():
+        for warning in sweep.noted_warnings():
             report.warn(warning)
         if checking is not None:
             checking.annotate(report)

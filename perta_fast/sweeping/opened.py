@@ -28,7 +28,6 @@ from perta_fast.progress import Progress
 from perta_fast.rules import PRECONDITIONED, Estimator, Place, Rule, resolved_at
 from perta_fast.runs.precondition import check_tuned
 from perta_fast.scoring.base_loss import BaseLoss
-from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.importances import Importances, importances_in
 from perta_fast.scoring.scored_data import read_scored
 from perta_fast.scoring.setting import ScoredSetting
@@ -296,20 +295,16 @@ class OpenedSweep:
         """What theta_0 knows of the forget data, in the tokens of theta_full; it is loaded for that alone."""
         from perta_fast.evaluation.examinee import Examinee
         from perta_fast.models.loading import load_subject, samples_for, subject_without_weights
-        from perta_fast.scoring.live_model import ScoredData, ScoredModel
+        from perta_fast.scoring.live_model import score_base
 
         request, path = self.request, self.sources.base.path
         reader = subject_without_weights(self.sources.model.path, self.chat)
-        samples = samples_for(reader, self.data["forget"].rows, request.max_length)
-        try:
+
+        def load() -> Examinee:
             subject = load_subject(path, request.device, self._type_of(path), text=False, progress=self.progress)
-            samples_for(subject, samples, None)
-            examinee = Examinee(subject, request.batch_size, request.max_length, self.progress)
-            return BaseLoss.measured(
-                ScoredModel(examinee, ScoredData({"forget": samples}), LOSS).loss("forget", "base")
-            )
-        except InputError as error:
-            return BaseLoss.unscored(error)
+            return Examinee(subject, request.batch_size, request.max_length, self.progress)
+
+        return score_base(load, samples_for(reader, self.data["forget"].rows, request.max_length))
 
     def _examinee(self, path: Path) -> "Examinee":
         from perta_fast.evaluation.examinee import Examinee

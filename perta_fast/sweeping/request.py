@@ -14,12 +14,12 @@ from perta_fast.data.given import is_given
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model, path_text
+from perta_fast.files.identity import is_same
 from perta_fast.files.reading import absolute, checked_path
 from perta_fast.importance.kept_form import KeptForm
 from perta_fast.records.declared import declared
 from perta_fast.rules import PLACES
 from perta_fast.runs.settings import check_threads
-from perta_fast.scoring.base_loss import BaseLoss, is_limit
 from perta_fast.scoring.criteria import GENERATED_METRICS, LOSS, SELECTIONS
 from perta_fast.scoring.scored_data import check_metric
 from perta_fast.scoring.setting import Limits, ScoredSetting
@@ -148,8 +148,8 @@ class Request:
 
     @property
     def asks_base(self) -> bool:
-        """Whether what base knows of the forget data is a limit."""
-        return self.up_to_base and is_limit(self.base, self.model)
+        """Whether what base knows of the forget data is measured: not if base is the model itself."""
+        return self.up_to_base and not is_same(self.base, self.model)
 
     @property
     def searches_streamed(self) -> bool:
@@ -225,18 +225,18 @@ class Request:
         self._check_streamed()
         self.kept_form.check_is_asked_for(self.save_as, self.importance_dtype, self.save_importance is not None)
 
-    def limits(self, original: ScoredSetting, base: BaseLoss) -> Limits:
+    def limits(self, original: ScoredSetting, base_loss: float | None) -> Limits:
         """What settings have to keep.
 
-        original: the model as it is. base: with ``up_to_base``. Raises InputError if the model as it is breaks the
-        bound, or its scores are not finite.
+        original: the model as it is. base_loss: the largest forget loss, if there is one. Raises InputError if the
+        model as it is breaks the bound, or its scores are not finite.
         """
         limit, floor = self.target_retain_loss, self.retain_floor
         if self.max_retain_rise is not None:
             limit = original.retain_loss + self.max_retain_rise
         elif self.max_retain_increase is not None:
             limit = original.retain_loss * (1 + self.max_retain_increase / 100)
-        limits = Limits(limit, floor, base.above(original.forget_loss).loss)
+        limits = Limits(limit, floor, base_loss)
         if self.criterion is None or original.keeps(limits):
             return limits
         if not original.is_finite:

@@ -150,7 +150,7 @@ class Sweep:
                     lines.append(f"the chosen {name}, {chosen:g}, is the {end} that was tried; try {more} ones too")
         return lines
 
-    def warned(self) -> list[str]:
+    def noted_warnings(self) -> list[str]:
         """All warnings among the notes, those of data, prompts, θ_f and base too."""
         return [note.removeprefix(_WARNING) for note in self.notes if note.startswith(_WARNING)]
 
@@ -188,7 +188,9 @@ class Sweep:
         notes = [note for note in self.notes if not note.startswith(_WARNING)]
         head = ["rule", "λ", *columns, "changed"]
         chosen = None if best is None else self.rows.index(best)
-        return Shown(repr(self).strip("<>"), head, rows, [*self._outcome(), *notes], self.warned(), chosen).as_html()
+        return Shown(
+            repr(self).strip("<>"), head, rows, [*self._outcome(), *notes], self.noted_warnings(), chosen
+        ).as_html()
 
     def _cells(self, setting: ScoredSetting, columns: Mapping[str, str]) -> list[str]:
         if setting.skipped:

@@ -119,13 +119,13 @@ class _Walks:
         else:
             self._score(_SETTINGS, every, weighing, plan)
         begun.limits(self.original)
-        near = self._near() if opened.request.searches_streamed else []
-        if near:
-            self._score("closer", near, weighing, plan)
-        order = sorted([*every, *near], key=lambda setting: (opened.curves.index(setting[0]), setting[1]))
+        more = self._closer_settings() if opened.request.searches_streamed else []
+        if more:
+            self._score("closer", more, weighing, plan)
+        order = sorted([*every, *more], key=lambda setting: (opened.curves.index(setting[0]), setting[1]))
         return [self.original, *(begun.find(curve, lam) or curve.skipped(lam) for curve, lam in order)]
 
-    def _near(self) -> list[Setting]:
+    def _closer_settings(self) -> list[Setting]:
         """Strengths of each curve between the largest of the row that keeps the bound and the next, which breaks it."""
         opened, begun = self.walked.opened, self.record.begun
         limits = begun.limits(self.original)

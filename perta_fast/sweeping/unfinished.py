@@ -101,9 +101,13 @@ class Begun:
         """What the model as it is has scored."""
         return next((row for row in self.rows if not row.rule), None)
 
+    def base_limit(self, original: ScoredSetting) -> BaseLoss:
+        """The largest forget loss, which is that of base, or the warning that it is no limit."""
+        return BaseLoss() if self.base is None else self.base.above(original.forget_loss)
+
     def limits(self, original: ScoredSetting) -> Limits:
         """What settings have to keep, as in ``Request.limits``."""
-        return self.request.limits(original, self.base or BaseLoss())
+        return self.request.limits(original, self.base_limit(original).loss)
 
     def going_on(self, final: Path) -> str:
         """The command that goes on with the sweep to ``final``, by as many processes as began it."""
