@@ -1,6 +1,7 @@
 """``--choose`` of ``perta unlearn``: many settings are scored, and the one that forgets most within a bound is made."""
 
 import argparse
+import math
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from perta_fast.streaming.forecast.forecast import Forecast
 
 _UP_TO_BASE = "up-to-base"
+_PERCENT = "max-retain-increase"
 # The bounds, with the values that they have if none is given.
 _BOUNDS: dict[str, float | None] = {
     _UP_TO_BASE: DEFAULT_RETAIN_RISE,
-    "max-retain-increase": 5.0,
+    _PERCENT: 5.0,
     "max-retain-rise": DEFAULT_RETAIN_RISE,
     "target-retain-loss": None,
     "retain-floor": None,
@@ -39,10 +41,12 @@ def _bound(text: str) -> dict[str, float | bool]:
     number = _BOUNDS[name]
     if equals or number is None:
         try:
-            number = float(value.removesuffix("%"))
+            number = float(value.removesuffix("%") if name == _PERCENT else value)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} needs a number, as in {name}=0.5") from error
     if name == _UP_TO_BASE:
+        if not 0 <= number < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} needs a number of nats that is at least 0, as in {name}=0.05")
         return {"up_to_base": True, "max_retain_rise": number}
     return {name.replace("-", "_"): number}
 
@@ -69,6 +73,11 @@ HOLDOUT = Option(
     "holdout", "with --choose: data never trained on; streamed, for membership scores", Path, "FILE", named=True
 )
 OPTIONS = (CHOOSE, RULES, MUS, ALPHAS, LAMS, METRIC, ALSO, HOLDOUT)
+
+
+def spellings() -> dict[str, str]:
+    """What messages call the bounds, by the names of their arguments."""
+    return {name.replace("-", "_"): f"--choose {name}" for name in _BOUNDS}
 
 
 def check_choice(parsed: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from perta_fast.cli import (
     unlearn,
     verify,
 )
+from perta_fast.cli.choosing import spellings as bounds_of_choice
 from perta_fast.cli.command import Command, Outcome
 from perta_fast.cli.importing import INTERRUPTED, INTERRUPTED_MESSAGE
 from perta_fast.cli.libraries import bars_of_libraries
@@ -93,6 +94,8 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream, spe
             raise InputError("this command is done by one process; start it without torchrun")
     parsed.parser, parsed.group = parser, ranks.group
     spellings.update(_spellings(parsed.command))
+    if getattr(parsed, "choose", None) is not None:
+        spellings.update(bounds_of_choice())
     silent = getattr(parsed, "quiet", False) or not ranks.first
     with bars_of_libraries(not silent), _log_shown(parsed.verbose and ranks.first), _kept_for_json(parsed):
         shows = getattr(parsed, "show_labels", None) is not None

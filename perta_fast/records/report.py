@@ -210,7 +210,9 @@ class Report:
         self.phases[name] = {"seconds": seconds, "bytes": byte_count, "gb_per_s": rate}
 
     def warn(self, text: str) -> None:
-        """Add a warning, here and to the log."""
+        """Add a warning, here and to the log, unless it is there."""
+        if text in self.warnings:
+            return
         self.warnings.append(text)
         LOGGER.warning("%s", printable(text))
 

@@ -26,7 +26,7 @@ from perta_fast.records.report import Report
 from perta_fast.records.strength_choice import StrengthChoice, TriedStrength
 from perta_fast.rules import DEFAULT_RETAIN_RISE
 from perta_fast.runs.encoded_rows import EncodedRows
-from perta_fast.scoring.base_loss import BaseLoss
+from perta_fast.scoring.base_loss import ForgetLimit
 from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.search import LARGEST, search
 from perta_fast.scoring.setting import Limits, ScoredSetting
@@ -44,8 +44,8 @@ PHASE = "choice of lambda"
 class StrengthSearch:
     """The search of one run. live: kept for rule ``tv``.
 
-    original, base, data, encoded (of ``data``): on the first rank alone, which scores. base: of theta_0, if it is asked
-    for. choice: once it is found.
+    original, base, data, encoded (of ``data``): on the first rank alone, which scores. base: the forget loss of
+    theta_0, in nats, if it is asked for. choice: once it is found.
     """
 
     opened: "Opened"
@@ -54,7 +54,7 @@ class StrengthSearch:
     data: "ScoredData | None" = None
     encoded: EncodedRows = field(default_factory=EncodedRows)
     original: ScoredSetting | None = None
-    base: BaseLoss = field(default_factory=BaseLoss)
+    base: float | None = None
     choice: StrengthChoice | None = None
     live: "LiveModel | None" = None
     seconds: float = 0.0
@@ -63,7 +63,7 @@ class StrengthSearch:
     def begin(cls, opened: "Opened", rows: Mapping[str, list[Row]], day: date) -> "StrengthSearch | None":
         """Score theta_full as it is; None if the run has a strength. Every rank calls it; they exchange nothing.
 
-        Raises InputError if theta_full cannot be scored on the data.
+        Raises InputError if theta_full, or theta_0 where it sets a limit, cannot be scored on the data.
         """
         options = opened.options
         if options.lam is not None:
@@ -92,7 +92,7 @@ class StrengthSearch:
         started = time.perf_counter()
         ranks, rule = self.opened.ranks, self.opened.rule
         original: ScoredSetting = ranks.share(self.original)
-        most: float | None = ranks.share(self.base.loss)
+        most: float | None = ranks.share(self.forget_limit.loss)
         bound = self.bound
         limits = Limits(original.retain_loss + bound, forget_loss=most)
         live = None
@@ -128,6 +128,11 @@ class StrengthSearch:
         )
         return self.choice
 
+    @property
+    def forget_limit(self) -> ForgetLimit:
+        """The largest forget loss, if theta_0 sets one; on the first rank alone."""
+        return ForgetLimit() if self.original is None else ForgetLimit.of(self.base, self.original.forget_loss)
+
     def _what_is_kept(self) -> str:
         kept = self.opened.options.save_importance
         if kept is None:
@@ -156,8 +161,9 @@ class StrengthSearch:
     def _score_base(self) -> None:
         from perta_fast.scoring.live_model import score_base
 
+        base = Path(self.opened.options.base)
         assert self.data is not None
-        self.base = score_base(lambda: self._examinee(Path(self.opened.options.base)), self.data.samples["forget"])
+        self.base = score_base(base, lambda: self._examinee(base), self.data.samples["forget"])
 
     def _score_original(self) -> None:
         from perta_fast.models.loading import samples_for
@@ -173,7 +179,6 @@ class StrengthSearch:
         self.original = live.measure_original({})
         if not self.original.is_finite:
             raise InputError(f"{options.model}: {_why_not_finite(live, str(options.dtype))}")
-        self.base = self.base.above(self.original.forget_loss)
         if self.opened.rule.estimator is None and not options.preconditions:  # which takes the memory first
             self.live = live
 
@@ -202,8 +207,8 @@ def annotate(report: Report, search: StrengthSearch | None) -> None:
     choice = report.choice = search.choice
     assert choice is not None
     report.add_phase(PHASE, search.seconds, 0)
-    if search.base.warning:
-        report.warn(search.base.warning)
+    if warning := search.forget_limit.warning:
+        report.warn(warning)
     if choice.after.lam == LARGEST:
         report.warn(
             f"even lambda {LARGEST:g}, the largest that is tried, keeps the retain loss within the bound, so a larger "

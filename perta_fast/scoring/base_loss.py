@@ -5,42 +5,45 @@ A strength that takes the forget loss further only shows that something was remo
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from perta_fast.errors import InputError
 from perta_fast.records.check import FORGOTTEN_RISE
 
-_BOUND_ALONE = "the bound alone has decided"
-
 
 @dataclass(frozen=True)
-class BaseLoss:
-    """The forget loss of theta_0, a mean over the rows in nats; None if it is no limit, and then ``warning`` says why.
+class ForgetLimit:
+    """The largest forget loss that a setting may have, that of theta_0, in nats; None if there is no such limit.
 
-    With neither, it is not asked for.
+    warning: why there is none, if there was to be one.
     """
 
     loss: float | None = None
     warning: str = ""
 
     @classmethod
-    def unscored(cls, error: InputError) -> "BaseLoss":
-        """Of a model that cannot be scored."""
-        return cls(None, f"base cannot be scored on the forget data, so {_BOUND_ALONE}: {error}")
-
-    @classmethod
-    def measured(cls, loss: float) -> "BaseLoss":
-        """``loss``, if it is finite."""
-        if math.isfinite(loss):
-            return cls(loss)
-        return cls(None, f"the loss of base on the forget data is not finite, so {_BOUND_ALONE}")
-
-    def above(self, forget_loss: float) -> "BaseLoss":
-        """Without the loss, if theta_full knows no more of the forget data. forget_loss: of theta_full."""
-        if self.loss is None or self.loss - forget_loss >= FORGOTTEN_RISE:
-            return self
-        return BaseLoss(
+    def of(cls, base: float | None, model: float) -> "ForgetLimit":
+        """From the forget losses of theta_0, None if it is not asked for, and of theta_full."""
+        if base is None or base - model >= FORGOTTEN_RISE:
+            return cls(base)
+        return cls(
             None,
-            f"the forget loss of model is {forget_loss:.4g}, and that of base {self.loss:.4g}: the model has learnt "
-            f"nothing of the forget data that base does not know, so {_BOUND_ALONE}. Is base the checkpoint that "
+            f"the forget loss of model is {model:.4g}, and that of base {base:.4g}: the model has learnt nothing of "
+            "the forget data that base does not know, so the bound alone has decided. Is base the checkpoint that "
             "model was tuned from?",
         )
+
+
+def not_scored(base: Path, why: str) -> InputError:
+    """For a theta_0 that has no loss on the forget data."""
+    return InputError(
+        f"{base}: base cannot be scored on the forget data, beyond whose loss nothing more is forgotten: {why}. Give a "
+        "bound on the retain loss alone, such as ‹max_retain_rise›"
+    )
+
+
+def checked_base_loss(base: Path, loss: float) -> float:
+    """``loss``. Raises InputError if it is not finite."""
+    if not math.isfinite(loss):
+        raise not_scored(base, "its loss is not finite")
+    return loss

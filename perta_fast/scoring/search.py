@@ -11,7 +11,8 @@ _GUESSES = 2  # so many interpolations may fail to halve the interval; then ever
 _STEP = 0.004  # the next strength of a search differs by at least this share of the one below
 _AROUND = (0.88, 0.94, 1.0, 1.06)  # of a guess, which is seldom further off
 _HALVES = (1 / 8, 1 / 4, 1 / 2)
-CLOSER = max(len(_AROUND), len(_HALVES))  # strengths that are measured together, at most
+_SPREAD = 4  # so many, where no guess is possible
+CLOSER = max(len(_AROUND), len(_HALVES), _SPREAD)  # strengths that are measured together, at most
 
 Point = tuple[float, float]  # a strength, and its excess over the bound
 
@@ -52,7 +53,8 @@ def search(
 def closer(low: ScoredSetting, high: ScoredSetting, original: ScoredSetting, limits: Limits) -> list[float]:
     """Strengths to measure together between ``low``, which keeps ``limits``, and the next larger, which does not.
 
-    They lie around where a limit is likely to be broken; where ``low`` is the original, lam 0, at halves of ``high``.
+    They lie around where a limit is likely to be broken, or are spread where that cannot be told; where ``low`` is the
+    original, lam 0, they are halves of ``high``.
     """
     if low.lam == 0:
         return [high.lam * factor for factor in _HALVES]
@@ -61,9 +63,12 @@ def closer(low: ScoredSetting, high: ScoredSetting, original: ScoredSetting, lim
         for limit in limits.each()
         if high.excess(limit) > 0
     ]
-    guess = min((guess for guess in guesses if guess is not None), default=(low.lam + high.lam) / 2)
-    around = sorted({_readable(guess * factor) for factor in _AROUND})
-    return [lam for lam in around if _WIDTH * low.lam < lam and _WIDTH * lam < high.lam]
+    found = [guess for guess in guesses if guess is not None]
+    if found and len(found) == len(guesses):
+        lams = [min(found) * factor for factor in _AROUND]
+    else:
+        lams = [low.lam * (high.lam / low.lam) ** (step / (_SPREAD + 1)) for step in range(1, _SPREAD + 1)]
+    return [lam for lam in sorted(set(map(_readable, lams))) if _WIDTH * low.lam < lam and _WIDTH * lam < high.lam]
 
 
 def _crossing(low: Point, high: Point, start: float) -> float | None:

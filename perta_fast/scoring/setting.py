@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass, field
 
+_ROUNDING = 1e-5  # relative: a setting that is theta_0 up to rounding has its forget loss
+
 
 @dataclass(frozen=True)
 class Limits:
     """What a setting has to keep; None is no limit.
 
-    retain_loss, forget_loss: the largest, in nats. retain: the smallest retain metric.
+    retain_loss, forget_loss: the largest, in nats, the latter up to rounding. retain: the smallest retain metric.
     """
 
     retain_loss: float | None = None
@@ -65,6 +67,6 @@ class ScoredSetting:
         beyond = (
             -math.inf if limits.retain_loss is None else self.retain_loss - limits.retain_loss,
             -math.inf if limits.retain is None else limits.retain - self.retain,
-            -math.inf if limits.forget_loss is None else self.forget_loss - limits.forget_loss,
+            -math.inf if limits.forget_loss is None else self.forget_loss - limits.forget_loss * (1 + _ROUNDING),
         )
         return max(beyond)

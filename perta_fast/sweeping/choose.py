@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from perta_fast.data.forms import Fields
 from perta_fast.data.given_data import Data
 from perta_fast.files.apart import check_apart
+from perta_fast.files.identity import is_same
 from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
@@ -80,7 +81,7 @@ def choose(
     max_retain_increase, max_retain_rise, target_retain_loss, retain_floor: the bound; at most one. The retain loss of
     the result is at most so many percent, or nats, above that of ``model``, or at most so many nats; or the retain
     ``metric`` is at least so large. up_to_base: beside it, the forget loss is at most that of ``base``, which has not
-    seen these rows. Without any of these, up to base and a rise of 0.05 nats.
+    seen these rows. Without any of these, up to base, unless it is ``model``, and a rise of 0.05 nats.
     rules, mus, p, alphas, threshold: the curves to choose from, as in ``sweep``. By default there is one, rule
     ``preconditioned`` with mu 10, which forgets most in our study and keeps no importance; rules with importances are
     tried with alpha 1 and 16. lams: the strengths on each curve; None searches for the largest within the bound, or,
@@ -107,13 +108,21 @@ def as_sweep(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not is_bounded:
         settings["max_retain_rise"] = DEFAULT_RETAIN_RISE
     if settings.get("up_to_base") is None:
-        settings["up_to_base"] = not is_bounded
+        settings["up_to_base"] = not is_bounded and _differ(settings["base"], settings["model"])
     check_one_result(settings["out"], settings["in_place"], leave_others=settings["leave_others"])
     _check_apart(settings)
     rules, mus, alphas, out = (settings.pop(name) for name in ("rules", "mus", "alphas", "out"))
     curves = {"rule": rules, "mu": mus, "alpha": _alphas(rules, alphas)}
     record = record_beside(settings["model"] if out is None else out)
     return settings | curves | {"checkpoint": out, "out": record}
+
+
+def _differ(base: Any, model: Any) -> bool:
+    """Whether these are two directories; what is no path is refused later."""
+    try:
+        return not is_same(base, model)
+    except (TypeError, ValueError):
+        return True
 
 
 def _check_apart(settings: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from perta_fast.sweeping.chosen_checkpoint import check_result
 from perta_fast.sweeping.keeping import check_kept, check_places
 from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.request import Request
-from perta_fast.sweeping.unfinished import STATE, load_begun
+from perta_fast.sweeping.unfinished import STATE, check_unchanged, load_begun
 
 if TYPE_CHECKING:
     from perta_fast.streaming.forecast.dry_run import Conditions
@@ -43,6 +43,7 @@ def _check_places(opened: OpenedSweep) -> None:
     begun = load_begun(final) if has_record(final, STATE) and not request.overwrite else None
     if begun is not None:
         begun.check_request(request, final)
+        check_unchanged(begun.inputs, opened.state_of_inputs())
     overwrite = (request if begun is None else begun.request).overwrite
     OutputDirectory(final, overwrite=overwrite, inputs=opened.paths(), resume=begun is not None)
     if begun is None:

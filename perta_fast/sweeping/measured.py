@@ -79,7 +79,7 @@ class Measured:
         )
         sweep.notes += _what_is_kept(request)
         doubts = [warning for record in made[:1] for warning in record.warnings] + sweep.warnings()
-        if doubt := begun.base_limit(self.rows[0]).warning:
+        if doubt := begun.forget_limit(self.rows[0]).warning:
             doubts.append(doubt)
         sweep.notes = list(dict.fromkeys(sweep.notes + as_notes(doubts)))
         return sweep

@@ -25,11 +25,11 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
     """Measure all settings that ``record`` lacks. vectors: made if missing."""
     request, begun = opened.request, record.begun
     vectors.check_space(request)
+    if request.up_to_base and begun.base is None:
+        begun.base = opened.score_base()
+        record.save()
     if opened.gold is not None and begun.gold is None:
         begun.gold = opened.score_gold(opened.gold.path)
-        record.save()
-    if request.asks_base and begun.base is None:
-        begun.base = opened.score_base()
         record.save()
     walked = measure_in_a_walk(opened, record, vectors)
     if walked is not None:

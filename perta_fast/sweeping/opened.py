@@ -22,12 +22,13 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_dtype, torch_name
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
+from perta_fast.files.identity import is_same
 from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
 from perta_fast.rules import PRECONDITIONED, Estimator, Place, Rule, resolved_at
 from perta_fast.runs.precondition import check_tuned
-from perta_fast.scoring.base_loss import BaseLoss
+from perta_fast.scoring.base_loss import not_scored
 from perta_fast.scoring.importances import Importances, importances_in
 from perta_fast.scoring.scored_data import read_scored
 from perta_fast.scoring.setting import ScoredSetting
@@ -103,6 +104,8 @@ class OpenedSweep:
         )
         for path in opened_sweep.loaded:
             check_configured(path)
+        if request.up_to_base:
+            opened_sweep.check_base()
         for opened in (sources, *given.values()):  # which reads weights: after the data, which needs no NumPy
             check_task_vector(opened)
         return opened_sweep
@@ -112,6 +115,19 @@ class OpenedSweep:
         """The checkpoints that transformers loads."""
         at = [self.sources.base.path if place == "base" else self.sources.model.path for place in self.places]
         return [self.sources.model.path, *at, *([] if self.gold is None else [self.gold.path])]
+
+    def check_base(self) -> None:
+        """Raise InputError if files show that the loss of base cannot be a limit."""
+        path = self.sources.base.path
+        if is_same(path, self.sources.model.path):
+            raise InputError(
+                f"‹up_to_base›: {path} is base and model, so its loss is no limit. Give a bound on the retain loss "
+                "alone, such as ‹max_retain_rise›"
+            )
+        try:
+            check_configured(path)
+        except InputError as error:
+            raise not_scored(path, str(error)) from error
 
     @property
     def places(self) -> set[Place]:
@@ -291,8 +307,11 @@ class OpenedSweep:
         scored = ScoredModel(examinee, ScoredData.of(examinee, self.scored, metric), metric).score("gold")
         return checked_gold(scored, path)
 
-    def score_base(self) -> BaseLoss:
-        """What theta_0 knows of the forget data, in the tokens of theta_full; it is loaded for that alone."""
+    def score_base(self) -> float:
+        """The loss of theta_0 on the forget data, in the tokens of theta_full; it is loaded for that alone.
+
+        Raises InputError if it cannot be scored.
+        """
         from perta_fast.evaluation.examinee import Examinee
         from perta_fast.models.loading import load_subject, samples_for, subject_without_weights
         from perta_fast.scoring.live_model import score_base
@@ -302,9 +321,9 @@ class OpenedSweep:
 
         def load() -> Examinee:
             subject = load_subject(path, request.device, self._type_of(path), text=False, progress=self.progress)
-            return Examinee(subject, request.batch_size, request.max_length, self.progress)
+            return Examinee(self._known(path, subject), request.batch_size, request.max_length, self.progress)
 
-        return score_base(load, samples_for(reader, self.data["forget"].rows, request.max_length))
+        return score_base(path, load, samples_for(reader, self.data["forget"].rows, request.max_length))
 
     def _examinee(self, path: Path) -> "Examinee":
         from perta_fast.evaluation.examinee import Examinee

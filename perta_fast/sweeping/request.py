@@ -14,7 +14,6 @@ from perta_fast.data.given import is_given
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model, path_text
-from perta_fast.files.identity import is_same
 from perta_fast.files.reading import absolute, checked_path
 from perta_fast.importance.kept_form import KeptForm
 from perta_fast.records.declared import declared
@@ -145,11 +144,6 @@ class Request:
     def is_bounded(self) -> bool:
         """Whether settings have to keep a bound."""
         return self.bound is not None
-
-    @property
-    def asks_base(self) -> bool:
-        """Whether what base knows of the forget data is measured: not if base is the model itself."""
-        return self.up_to_base and not is_same(self.base, self.model)
 
     @property
     def searches_streamed(self) -> bool:

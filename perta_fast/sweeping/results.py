@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,8 @@ class Sweep:
             if setting.not_finite
         ]
         lines += map(negative_strength, sorted({setting.lam for setting in measured if setting.lam < 0}))
-        is_bounded = self.limit is not None or self.floor is not None
-        if is_bounded and not any(setting.keeps(self.limits) for setting in measured):
-            lines.append(self._nearest(measured))
+        if nearest := self.nearest():
+            lines.append(nearest)
         best = self.best
         if best is not None and best.rule:
             alike = [setting for setting in self.rows if setting.rule == best.rule]
@@ -154,7 +153,12 @@ class Sweep:
         """All warnings among the notes, those of data, prompts, θ_f and base too."""
         return [note.removeprefix(_WARNING) for note in self.notes if note.startswith(_WARNING)]
 
-    def _nearest(self, measured: Sequence[ScoredSetting]) -> str:
+    def nearest(self) -> str:
+        """Which setting comes nearest to the bound, and what it breaks; empty if any keeps it."""
+        measured = [setting for setting in self.rows if setting.rule and not setting.skipped]
+        is_bounded = self.limit is not None or self.floor is not None
+        if not is_bounded or any(setting.keeps(self.limits) for setting in measured):
+            return ""
         nearest = min(measured, key=lambda setting: setting.excess(self.limits))
         beyond = nearest.excess(self.limits)
         what = "nothing that was tried keeps the bound"
@@ -230,8 +234,9 @@ class Sweep:
             lines = [(f"{name}: " if len(curves) > 1 else "") + self._result(rows) for name, rows in curves.items()]
         if best is not None and (self.select != "largest" or len(curves) > 1):
             criterion = "best-forget" if self.select == "largest" else self.select
+            most = "" if self.forget_limit is None else f", up to the forget loss of base, {self.forget_limit:.6g}"
             lines.append(
-                f"Chosen by {criterion}: {self._named(best)}, forget {best.forget:.6g}, retain {best.retain:.6g}."
+                f"Chosen by {criterion}{most}: {self._named(best)}, forget {best.forget:.6g}, retain {best.retain:.6g}."
             )
         return lines
 

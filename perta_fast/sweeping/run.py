@@ -246,10 +246,9 @@ def _run(
         remove(final / STATE)
     if request.makes_result and not sweep.has_choice:
         what = f"{request.checkpoint}: not written" if not request.in_place else f"{request.model}: not changed"
-        raise RunError(
-            f"{what}: no setting is better than the model as it is; "
-            f"try other strengths, or allow more. What was scored is in {final}"
-        )
+        nearest = sweep.nearest()
+        reason = f"{nearest}. Try" if nearest else "no setting is better than the model as it is; try"
+        raise RunError(f"{what}: {reason} other strengths, or allow more. What was scored is in {final}")
     return sweep
 
 

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from perta_fast.errors import InputError
 from perta_fast.memory import return_freed_blocks
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.runs.settings import threads_for
-from perta_fast.scoring.base_loss import BaseLoss
+from perta_fast.scoring.base_loss import checked_base_loss
 from perta_fast.scoring.criteria import ORIGINAL
 from perta_fast.scoring.search import closer
 from perta_fast.scoring.setting import ScoredSetting
@@ -37,13 +36,13 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
     ranks, begun = opened.ranks, record.begun
     with ranks.together("the disk"):
         vectors.check_space(opened.request)
+    walks = _Walks(WalkedModel.open(opened, opened.sources.model.path), record)
+    if opened.request.up_to_base and begun.base is None:
+        begun.base = walks.base_loss()
+        record.save()
     if opened.gold is not None and begun.gold is None:
         gold = _Walks(WalkedModel.open(opened, opened.gold.path), record).alone("gold")
         begun.gold = checked_gold(gold, opened.gold.path)
-        record.save()
-    walks = _Walks(WalkedModel.open(opened, opened.sources.model.path), record)
-    if opened.request.asks_base and begun.base is None:
-        begun.base = walks.base_loss()
         record.save()
     if opened.request.bounds_absolutely and begun.original is None:  # it may break the bound: before the first gradient
         record.add(walks.alone(ORIGINAL))
@@ -91,17 +90,15 @@ class _Walks:
         folder, versions = self.record.walk(name, alone=True), [Version(name)]
         return self._walk(folder, versions, self._plan(name, folder, versions, 0))[0]
 
-    def base_loss(self) -> BaseLoss:
-        """What theta_0 knows of the forget data, in a walk through it."""
+    def base_loss(self) -> float:
+        """The loss of theta_0 on the forget data, in a walk through it. Raises InputError if it cannot be scored."""
         opened, folder = self.walked.opened, self.record.walk(_BASE, alone=True)
-        try:
-            with opened.ranks.together("base"):
-                walked = self.walked.of_base()
-        except InputError as error:
-            return BaseLoss.unscored(error)
+        with opened.ranks.together("base"):
+            walked = self.walked.of_base()
         plan = replace(self, walked=walked)._plan(_BASE, folder, [Version(_BASE)], 0)
         self.record.keep()
-        return BaseLoss.measured(opened.ranks.share(walked.forget_loss(folder, plan.schedule)))
+        loss: float = opened.ranks.share(walked.forget_loss(folder, plan.schedule))
+        return checked_base_loss(opened.sources.base.path, loss)
 
     def settings(self, weighing: Weighing) -> list[ScoredSetting]:
         """What all settings score, in order."""

@@ -1,5 +1,6 @@
 """What an unfinished sweep has scored, kept on disk so that it can be resumed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from perta_fast.files.new_directory import (
 from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import this_version
-from perta_fast.scoring.base_loss import BaseLoss
+from perta_fast.scoring.base_loss import ForgetLimit
 from perta_fast.scoring.setting import Limits, ScoredSetting
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.sweeping.grid import Curve
@@ -33,7 +34,7 @@ from perta_fast.sweeping.request import Request
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
 _WALKS = "walks"
 _FORMAT = "perta-sweep"
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Begun:
     rows: the scored settings. gold: the gold model's scores, once they are known. plans: of a streamed sweep's walks,
     by name, once they are made. applying: whether the model may be changed already, in place. processes: that do it
     together. kept: the files of what is kept, by what it is: written down just before they get their place
-    (``keeping``). types: in which models run, by their paths. base: what theta_0 knows of the forget data, once that is
+    (``keeping``). types: in which models run, by their paths. base: the forget loss of theta_0, in nats, once it is
     known.
     """
 
@@ -79,7 +80,7 @@ class Begun:
     processes: int = 1
     kept: dict[str, dict[str, Fingerprint]] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
-    base: BaseLoss | None = None
+    base: float | None = None
 
     def _check(self) -> None:
         """Raise InputError for what no sweep is begun with: whoever wrote the record, it is not believed."""
@@ -90,6 +91,8 @@ class Begun:
                 raise InputError(f"a model runs in {name!r}")
         for plan in self.plans.values():
             check_sizes(plan.batch_size, None, most=plan.most, groups=plan.groups, processes=self.processes)
+        if self.base is not None and not math.isfinite(self.base):
+            raise InputError(f"the loss of base is {self.base}")
 
     @property
     def is_scored(self) -> bool:
@@ -101,13 +104,13 @@ class Begun:
         """What the model as it is has scored."""
         return next((row for row in self.rows if not row.rule), None)
 
-    def base_limit(self, original: ScoredSetting) -> BaseLoss:
-        """The largest forget loss, which is that of base, or the warning that it is no limit."""
-        return BaseLoss() if self.base is None else self.base.above(original.forget_loss)
+    def forget_limit(self, original: ScoredSetting) -> ForgetLimit:
+        """The largest forget loss, if base sets one. original: the model as it is."""
+        return ForgetLimit.of(self.base, original.forget_loss)
 
     def limits(self, original: ScoredSetting) -> Limits:
         """What settings have to keep, as in ``Request.limits``."""
-        return self.request.limits(original, self.base_limit(original).loss)
+        return self.request.limits(original, self.forget_limit(original).loss)
 
     def going_on(self, final: Path) -> str:
         """The command that goes on with the sweep to ``final``, by as many processes as began it."""

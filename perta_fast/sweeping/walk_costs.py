@@ -7,7 +7,6 @@ from typing import Any
 
 from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.errors import InputError
 from perta_fast.importance.store import WIDTH
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs.precondition import vector_size
@@ -25,8 +24,15 @@ _IMPORTANCES = 2 * WIDTH  # bytes of a parameter
 
 
 def walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[tuple[str, Forecast]]:
-    """What each walk is of, and what it costs."""
+    """What each walk is of, and what it costs, in the order of the run."""
     request, threads = opened.request, threads_for(opened.request.threads, Ranks.ALONE)
+    model = WalkedModel.open(opened, opened.sources.model.path)
+    if request.up_to_base:
+        yield "base, on the forget data:", _scoring(model.of_base(), 1, threads, world)
+    if opened.gold is not None:
+        yield "the gold model:", _scoring(WalkedModel.open(opened, opened.gold.path), 1, threads, world)
+    if request.bounds_absolutely:
+        yield "the model as it is, which may break the bound:", _scoring(model, 1, threads, world)
     place = Path(str(request.out))
     how: dict[str, Any] = {"subtract": False, "threads": threads}
     for estimator in opened.estimated():
@@ -41,14 +47,7 @@ def walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[t
         each = f", for each of {len(mus)} mu" if len(mus) > 1 else ""
         costs = preview(subject, retain, None, place, conditions, low_rank=low_rank, **how)
         yield f"rule {PRECONDITIONED}{each}:", costs
-    if opened.gold is not None:
-        yield "the gold model:", _scoring(WalkedModel.open(opened, opened.gold.path), 1, threads, world)
-    every, model = _count(opened), WalkedModel.open(opened, opened.sources.model.path)
-    base = _base_of(model) if request.asks_base else None
-    if base is not None:
-        yield "base, on the forget data:", _scoring(base, 1, threads, world)
-    if request.bounds_absolutely:
-        yield "the model as it is, which may break the bound:", _scoring(model, 1, threads, world)
+    every = _count(opened)
     curves = len(opened.curves) if request.is_bounded else 0
     yield f"{every} settings:", _scoring(model, every, threads, world, curves)
     if curves and request.searches_streamed:
@@ -67,14 +66,6 @@ def _to_be_made(opened: OpenedSweep) -> int:
     changed = sum(match.theta.count for match in opened.sources.matches if match.copied is None)
     vectors = vector_size(Path(request.base), Path(request.tuned)) * len(opened.mus())
     return _IMPORTANCES * changed * len(opened.estimated()) + vectors
-
-
-def _base_of(model: WalkedModel) -> WalkedModel | None:
-    """theta_0 on the forget data; None if it cannot be scored, of which the sweep warns."""
-    try:
-        return model.of_base()
-    except InputError:
-        return None
 
 
 def _scoring(walked: WalkedModel, count: int, threads: int, world: int, curves: int = 0) -> Forecast:

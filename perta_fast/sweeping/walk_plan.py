@@ -61,7 +61,7 @@ class Planning:
         """How many walks, and what each is of."""
         closer = ""
         if self.curves and self.request.searches_streamed:
-            closer = f"; then a walk with up to {self.curves * CLOSER} settings closer to the bound"
+            closer = f"; then up to {self.curves * CLOSER} settings closer to the bound are scored as well"
         return f"{self._walks_in_words(plan)}{closer}"
 
     def _walks_in_words(self, plan: WalkPlan) -> str:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from perta_fast.data.rows import Row
 from perta_fast.data.samples import Sample
+from perta_fast.errors import InputError
 from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.own_data import OwnData
 from perta_fast.models.loading import Subject, samples_for
 from perta_fast.runs.settings import threads_for
+from perta_fast.scoring.base_loss import not_scored
 from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.streaming.forward.asked import Answering, Asking
@@ -69,8 +71,11 @@ class WalkedModel:
         """
         opened, path = self.opened, self.opened.sources.base.path
         samples = self.asking.tokenised["forget"]
-        subject, skeleton = opened.structure(path, text=False)
-        samples_for(subject, samples, None)
+        try:
+            subject, skeleton = opened.structure(path, text=False)
+            samples_for(subject, samples, None)
+        except InputError as error:
+            raise not_scored(path, str(error)) from error
         forget = SampleSet("forget", samples)
         return replace(self, skeleton=skeleton, asking=replace(self.asking, sets={"forget": forget}))
 

@@ -128,6 +128,13 @@ def test_what_is_returned_is_what_is_written(inputs: Inputs, tmp_path: Path) -> 
     assert apply(*inputs.all, lam=1.0, out=tmp_path / "out") == Report.load(tmp_path / "out")
 
 
+def test_a_warning_comes_once(inputs: Inputs, tmp_path: Path) -> None:
+    report = apply(*inputs.all, lam=1.0, out=tmp_path / "out")
+    for text in ("first", "second", "first"):
+        report.warn(text)
+    assert report.warnings == ["first", "second"]
+
+
 def test_importances_of_the_same_data_are_warned_about(inputs: Inputs, tmp_path: Path) -> None:
     retain = write_importance(tmp_path / "retain", inputs.tensors["retain"], data_hash="forget")
     report = apply(*inputs.all[:4], retain, lam=1.0, out=tmp_path / "out")

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,15 @@ def test_closer_strengths_lie_around_the_first_crossing(power: float, first: flo
     assert min(found) < min(first, 3.1) < max(found) and min(abs(lam - min(first, 3.1)) for lam in found) < 0.01
 
 
+def test_closer_strengths_are_spread_where_no_power_fits() -> None:
+    """A retain loss that first falls, then breaks its limit; with a forget loss that breaks its own, or does not."""
+    original, limits = row(0.0, 0.0, 0.05, ""), Limits(0.1, forget_loss=2.0)
+    for forget in (1.5, 2.5):
+        found = closer(row(2.0, 1.0, 0.04), row(4.0, forget, 0.2), original, limits)
+        ends = [2.0, *found, 4.0]
+        assert [high / low for low, high in pairwise(ends)] == pytest.approx([2**0.2] * 5, rel=1e-3)
+
+
 # What is chosen.
 
 KEPT = row(1.0, 2.0, 0.3)
@@ -461,7 +471,7 @@ def test_the_command(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_nothing_better_than_the_model_as_it_is(job: Job, tmp_path: Path) -> None:
     """Its scores are there nevertheless."""
-    with pytest.raises(RunError, match=r"no setting is better than the model as it is; .* is in .*/out"):
+    with pytest.raises(RunError, match=r"nothing that was tried keeps the bound; nearest .* is in .*/out"):
         run(job, rule="tv", lams=[1000], max_retain_increase=1, out=tmp_path / "out", checkpoint=tmp_path / "chosen")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert len(Sweep.read(tmp_path / "out" / "sweep.json").rows) == 2

@@ -167,9 +167,13 @@ def test_the_record_of_a_result_lies_beside_it(tmp_path: Path, monkeypatch: pyte
 
 def test_nothing_keeps_the_bound(job: Job, tmp_path: Path) -> None:
     before = fingerprint(job.model)
-    with pytest.raises(RunError, match=r"out: not written: no setting is better .* is in .*/out\.sweep"):
+    with pytest.raises(
+        RunError, match=r"out: not written: nothing that was tried keeps .*; nearest .* is in .*/out\.sweep"
+    ):
         run(job, rules="tv", lams=[1000], stream=True, out=tmp_path / "out")
-    with pytest.raises(RunError, match=r"model: not changed: no setting is better .* is in .*/model\.sweep"):
+    with pytest.raises(
+        RunError, match=r"model: not changed: nothing that was tried keeps .*; nearest .* is in .*/model\.sweep"
+    ):
         run(job, rules="tv", lams=[1000], stream=True, in_place=True)
     assert left(tmp_path) == {"out.sweep", "model.sweep"}
     assert fingerprint(job.model) == before
@@ -291,13 +295,16 @@ def test_the_command(stream: list[str], job: Job, tmp_path: Path, capsys: pytest
     ("given", "message"),
     [
         (["--choose", "rise=1"], "'rise' is not a bound; there are up-to-base, max-retain-increase"),
-        (["--choose", "up-to-base=-1"], "--max-retain-rise is -1.0; it must be at least 0 nats"),
+        (["--choose", "up-to-base=-1"], "'up-to-base=-1' needs a number of nats that is at least 0, as in up-to-base"),
+        (["--choose", "up-to-base=nan"], "'up-to-base=nan' needs a number of nats that is at least 0"),
+        (["--choose", "up-to-base=5%"], "'up-to-base=5%' needs a number, as in up-to-base=0.5"),
+        (["--choose", "max-retain-rise=5%"], "'max-retain-rise=5%' needs a number, as in max-retain-rise=0.5"),
         (["--choose", "retain-floor"], "'retain-floor' needs a number, as in retain-floor=0.5"),
         (["--choose", "max-retain-rise=much"], "'max-retain-rise=much' needs a number"),
         (["--choose", "max-retain-rise", "--lam", "1"], "--lam: not allowed with argument --choose"),
         (["--choose", "max-retain-rise", "--max-retain-rise", "1"], "not allowed with argument --choose"),
         (["--choose", "max-retain-rise", "--rule", "tv", "--rules", "tv"], "not allowed with argument --rule"),
-        (["--choose", "max-retain-rise=-1"], "--max-retain-rise is -1.0; it must be at least 0 nats"),
+        (["--choose", "max-retain-rise=-1"], "--choose max-retain-rise is -1.0; it must be at least 0 nats"),
         (["--choose", "max-retain-rise", "--link-unchanged"], "--link-unchanged is for a run with one setting"),
         (
             ["--choose", "max-retain-rise", "--as", "ratio"],

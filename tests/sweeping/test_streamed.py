@@ -490,10 +490,10 @@ def test_what_it_would_take(jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(arguments_of(job, "--stream", "--dry-run", *rules, *bound)) == 0
     heads = [line for line in capsys.readouterr().out.splitlines() if line.endswith(":")]
     assert heads == [
+        "the gold model:",
         "forget importance, grad:",
         "retain importance, grad:",
         "rule preconditioned, for each of 2 mu:",
-        "the gold model:",
         "10 settings:",
     ]
     assert fingerprint(tmp_path) == before

@@ -422,7 +422,7 @@ def test_an_input_that_changes_while_settings_are_scored(
 
 def test_no_setting_is_better(home: Job) -> None:
     before = fingerprint(home.model)
-    with pytest.raises(RunError, match="model: not changed: no setting is better than the model as it is"):
+    with pytest.raises(RunError, match="model: not changed: nothing that was tried keeps the bound"):
         run(
             home,
             checkpoint=None,

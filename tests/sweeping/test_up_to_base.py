@@ -1,17 +1,21 @@
 """Sweeps and choices that go no further than to the forget loss of base, in memory and streamed."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perta_fast import InputError, Interrupted, Report, Sweep, choose, cli, resume, sweep
+from perta_fast.files.durable import read_record, write_record
 from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.streaming.forward import score_walk
 from perta_fast.sweeping import streamed, walk_plan
+from perta_fast.sweeping.choose import as_sweep
 from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.walked_model import WalkedModel
 from tests.support.models import Job, write_job, write_learnt_job
@@ -45,7 +49,7 @@ def test_without_a_bound_it_ends_where_base_is(stream: bool, learnt: Job, tmp_pa
     report = run(learnt, tmp_path / "out", stream=stream)
     choice = report.setting_choice
     assert choice is not None and choice.base_forget_loss is not None and choice.after.forget_loss is not None
-    assert choice.after.forget_loss <= choice.base_forget_loss
+    assert choice.after.forget_loss <= choice.base_forget_loss * 1.00001
     assert (0.93 if stream else 0.99) <= report.lam <= 1.001
     assert (choice.bound, choice.value) == ("max_retain_rise", 0.05)
     said = f"while the forget loss is at most that of base, {choice.base_forget_loss:.4g}, and the retain loss rises by"
@@ -90,33 +94,78 @@ def test_base_knows_no_less(stream: bool, other: Job, tmp_path: Path) -> None:
 
 
 @BOTH
-def test_base_is_the_model(stream: bool, other: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OpenedSweep, "score_base", None)
-    monkeypatch.setattr(WalkedModel, "of_base", None)
-    found = measured(replace(other, base=other.model), tmp_path / "out", lams=[1], stream=stream)
-    assert found.forget_limit is None and not any("base" in note for note in found.notes)
+def test_base_is_the_model(stream: bool, other: Job, tmp_path: Path) -> None:
+    """To ask for it is a mistake; without a bound, only that on the retain loss is left."""
+    job = replace(other, base=other.model)
+    refused = f"up_to_base: {other.model} is base and model, so its loss is no limit. Give a bound on the retain loss"
+    with pytest.raises(InputError, match=re.escape(refused)):
+        measured(job, tmp_path / "out", lams=[1], stream=stream)
+    with pytest.raises(InputError, match=re.escape(refused)):
+        run(job, tmp_path / "out", lams=[1], stream=stream, up_to_base=True)
+    assert list(tmp_path.iterdir()) == []
+    asked = as_sweep(signature_defaults() | {"model": job.model, "base": job.base, "out": tmp_path / "out"})
+    assert (asked["up_to_base"], asked["max_retain_rise"]) == (False, 0.05)
+
+
+def signature_defaults() -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in signature(choose).parameters.items()}
+
+
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []])
+def test_base_does_not_know_all_tokens(
+    dry_run: list[str], other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = write_job(tmp_path / "small", vocab_size=40)
+    job = replace(other, base=small.base, tuned=small.tuned)
+    how = ["--rule", "tv", "--common-rows", *dry_run, "--out", tmp_path / "out", "--choose", "up-to-base"]
+    for stream in [["--stream"]] if dry_run else [["--stream"], []]:
+        assert cli.main(command(job, *stream, *how)) == 2
+        err = capsys.readouterr().err
+        assert f"error: {small.base}: base cannot be scored on the forget data, beyond whose loss nothing more" in err
+        assert "the model knows those below 40" in err
+        assert err.endswith("Give a bound on the retain loss alone, such as --choose max-retain-rise\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 @BOTH
-def test_base_does_not_know_all_tokens(stream: bool, other: Job, tmp_path: Path) -> None:
-    small = write_job(tmp_path / "small", vocab_size=40)
-    job = replace(other, base=small.base, tuned=small.tuned)
-    found = measured(job, tmp_path / "out", lams=[1], stream=stream, common_rows=True)
-    (said,) = (note for note in found.notes if "base" in note)
-    assert said.startswith("warning: base cannot be scored on the forget data, so the bound alone has decided: ")
-    assert "the model knows those below 40" in said and found.forget_limit is None
-    if stream:
-        how = ["--stream", "--rule", "tv", "--common-rows", "--dry-run", "--out", tmp_path / "dry"]
-        assert cli.main(command(job, *how, "--choose", "up-to-base")) == 0
+def test_base_has_no_configuration(stream: bool, learnt: Job, tmp_path: Path) -> None:
+    """Which its files show before a model is loaded."""
+    base = Path(shutil.copytree(learnt.base, tmp_path / "base"))
+    (base / "config.json").unlink()
+    with pytest.raises(InputError, match=r"base cannot be scored on the forget data.* has no config.json"):
+        run(replace(learnt, base=base), tmp_path / "out", stream=stream, lams=[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @BOTH
 def test_base_is_not_finite(stream: bool, learnt: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScoredModel, "loss", lambda *_: math.nan)
     monkeypatch.setattr(WalkedModel, "forget_loss", lambda *_: math.inf)
-    found = measured(learnt, tmp_path / "out", lams=[1], stream=stream)
-    assert "warning: the loss of base on the forget data is not finite, so the bound alone has decided" in found.notes
-    assert found.forget_limit is None
+    with pytest.raises(InputError, match=r"base cannot be scored on the forget data.*: its loss is not finite"):
+        measured(learnt, tmp_path / "out", lams=[1], stream=stream)
+    assert list(tmp_path.iterdir()) == []
+
+
+@BOTH
+def test_a_setting_that_is_base_up_to_rounding(stream: bool, learnt: Job, tmp_path: Path) -> None:
+    """The whole of its own task vector leaves theta_0, but for a rounding of each weight."""
+    job = replace(learnt, tuned=learnt.model)
+    found = measured(job, tmp_path / "out", lams=[0.5, 1, 1.01], max_retain_rise=5, stream=stream)
+    assert found.best is not None and found.best.lam == 1
+    assert found.best.forget_loss == pytest.approx(found.forget_limit, rel=1e-6)
+
+
+def test_the_record_has_a_loss(learnt: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of base; another is not believed."""
+    monkeypatch.setattr("perta_fast.sweeping.measuring.measure_in_a_walk", _stop)
+    with pytest.raises(Interrupted):
+        measured(learnt, tmp_path / "out", lams=[1])
+    (record,) = tmp_path.glob("*/*/begun.json")
+    content = read_record(record, "")
+    assert content["base"] > 0
+    write_record(record, content | {"base": math.nan})
+    with pytest.raises(InputError, match="or its record is damaged"):
+        measured(learnt, tmp_path / "out", lams=[1])
 
 
 @pytest.mark.parametrize("again", ["the same call", "resume"])
@@ -154,13 +203,15 @@ def test_a_stopped_streamed_sweep_goes_on(
 
 
 @BOTH
-def test_the_report_of_the_result_warns_too(stream: bool, learnt: Job, tmp_path: Path) -> None:
+def test_the_report_of_the_result_warns_too(
+    stream: bool, learnt: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a base that is no limit."""
-    base = Path(shutil.copytree(learnt.base, tmp_path / "base"))
-    (base / "config.json").unlink()
-    report = run(replace(learnt, base=base), tmp_path / "out", stream=stream, lams=[1])
+    monkeypatch.setattr(ScoredModel, "loss", lambda *_: 0.0)
+    monkeypatch.setattr(WalkedModel, "forget_loss", lambda *_: 0.0)
+    report = run(learnt, tmp_path / "out", stream=stream, lams=[1])
     (said,) = (warning for warning in report.warnings if "base" in warning)
-    assert said.startswith("base cannot be scored on the forget data, so the bound alone has decided: ")
+    assert said.startswith("the forget loss of model is ") and "so the bound alone has decided" in said
     assert report.setting_choice is not None and report.setting_choice.base_forget_loss is None
 
 
@@ -185,16 +236,35 @@ def test_the_command(learnt: Job, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert f"{walked}\n" in text
     assert cli.main(command(learnt, *how, "--out", tmp_path / "out")) == 0
     err = capsys.readouterr().err
-    assert "then a walk with up to 4 settings closer to the bound" in err
+    assert "then up to 4 settings closer to the bound are scored as well" in err
     choice = Report.load(tmp_path / "out").setting_choice
     assert choice is not None and choice.value == 0.2 and choice.base_forget_loss is not None
     arguments = [*command(learnt)[1:], "--rule", "tv", "--lams", "1", "--max-retain-rise", "0.2", "--up-to-base"]
+    capsys.readouterr()
     assert cli.main(["sweep", *arguments]) == 0
-    assert f"and the forget loss within that of base, {choice.base_forget_loss:.6g}" not in capsys.readouterr().out
+    said = f"Chosen by best-forget, up to the forget loss of base, {choice.base_forget_loss:.6g}: tv, "
+    assert said in capsys.readouterr().out
     assert cli.main(["sweep", *arguments[:-3], "--up-to-base"]) == 2
     assert "--up-to-base goes with a bound on what is retained; give one of --target-retain-loss" in (
         capsys.readouterr().err
     )
+
+
+def test_a_dry_run_says_that_a_stopped_sweep_cannot_go_on(
+    learnt: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its data has changed."""
+    forget = Path(shutil.copy(learnt.forget, tmp_path))
+    arguments = command(replace(learnt, forget=forget), "--stream", "--rule", "tv", "--choose", "up-to-base")
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed, "keep_vectors", _stop)
+        assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 130
+    assert cli.main([*arguments, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    capsys.readouterr()
+    forget.write_text(forget.read_text() * 2)
+    for dry_run in (["--dry-run"], []):
+        assert cli.main([*arguments, "--out", str(tmp_path / "out"), *dry_run]) == 2
+        assert f"{forget}: has changed since the sweep began" in capsys.readouterr().err
 
 
 def test_a_bound_is_needed(learnt: Job, tmp_path: Path) -> None:
