@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 ROWS = 200  # of each data set that are scored; fewer if it has fewer
 PHASE = "choice of lambda"
+_WITHOUT_BASE = "Give ‹max_retain_rise›, up to which base is not looked at"
 
 
 @dataclass
@@ -163,7 +164,7 @@ class StrengthSearch:
 
         base = Path(self.opened.options.base)
         assert self.data is not None
-        self.base = score_base(base, lambda: self._examinee(base), self.data.samples["forget"])
+        self.base = score_base(base, lambda: self._examinee(base), self.data.samples["forget"], _WITHOUT_BASE)
 
     def _score_original(self) -> None:
         from perta_fast.models.loading import samples_for

@@ -10,6 +10,8 @@ from pathlib import Path
 from perta_fast.errors import InputError
 from perta_fast.records.check import FORGOTTEN_RISE
 
+BOUND_ALONE = "Give a bound on what is retained, such as ‹max_retain_rise›, without ‹up_to_base›"  # of a sweep
+
 
 @dataclass(frozen=True)
 class ForgetLimit:
@@ -34,16 +36,13 @@ class ForgetLimit:
         )
 
 
-def not_scored(base: Path, why: str) -> InputError:
-    """For a theta_0 that has no loss on the forget data."""
-    return InputError(
-        f"{base}: base cannot be scored on the forget data, beyond whose loss nothing more is forgotten: {why}. Give a "
-        "bound on the retain loss alone, such as ‹max_retain_rise›"
-    )
+def not_scored(base: Path, why: str, instead: str = BOUND_ALONE) -> InputError:
+    """For a theta_0 that has no loss on the forget data. instead: what to do."""
+    return InputError(f"{base}: base cannot be scored on the forget data ({why.removesuffix('.')}). {instead}")
 
 
-def checked_base_loss(base: Path, loss: float) -> float:
-    """``loss``. Raises InputError if it is not finite."""
+def checked_base_loss(base: Path, loss: float, instead: str = BOUND_ALONE) -> float:
+    """``loss``. Raises InputError if it is not finite. instead: as in ``not_scored``."""
     if not math.isfinite(loss):
-        raise not_scored(base, "its loss is not finite")
+        raise not_scored(base, "its loss is not finite", instead)
     return loss

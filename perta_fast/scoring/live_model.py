@@ -23,7 +23,7 @@ from perta_fast.models.held_tensors import held_tensors
 from perta_fast.models.loading import samples_for
 from perta_fast.models.same_names import named_as_module
 from perta_fast.rules import Estimator, Rule, RuleName
-from perta_fast.scoring.base_loss import checked_base_loss, not_scored
+from perta_fast.scoring.base_loss import BOUND_ALONE, checked_base_loss, not_scored
 from perta_fast.scoring.criteria import LOSS, ORIGINAL
 from perta_fast.scoring.importances import Importances, rule_of
 from perta_fast.scoring.scored_data import ROUGE
@@ -99,18 +99,21 @@ class ScoredModel:
         return self._examinee.rouge(f"{role}_{ROUGE}", truth, answers, "rougeL_recall", any_script=True).value
 
 
-def score_base(base: Path, load: Callable[[], Examinee], samples: Sequence[Sample]) -> float:
+def score_base(
+    base: Path, load: Callable[[], Examinee], samples: Sequence[Sample], instead: str = BOUND_ALONE
+) -> float:
     """The loss of theta_0, which ``load`` loads from ``base``, on the forget data, in nats.
 
-    samples: the forget data, in the tokens of theta_full. Raises InputError if theta_0 cannot be scored on them.
+    samples: the forget data, in the tokens of theta_full. Raises InputError if theta_0 cannot be scored on them, with
+    what to do ``instead``.
     """
     try:
         examinee = load()
         samples_for(examinee.subject, samples, None)  # checks that it knows them
         loss = ScoredModel(examinee, ScoredData({"forget": samples}), LOSS).loss("forget", "base")
     except InputError as error:
-        raise not_scored(base, str(error)) from error
-    return checked_base_loss(base, loss)
+        raise not_scored(base, str(error), instead) from error
+    return checked_base_loss(base, loss, instead)
 
 
 class LiveModel(ScoredModel):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from perta_fast.data.forms import Fields
 from perta_fast.data.given_data import Data
 from perta_fast.files.apart import check_apart
-from perta_fast.files.identity import is_same
 from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
@@ -108,21 +107,13 @@ def as_sweep(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not is_bounded:
         settings["max_retain_rise"] = DEFAULT_RETAIN_RISE
     if settings.get("up_to_base") is None:
-        settings["up_to_base"] = not is_bounded and _differ(settings["base"], settings["model"])
+        settings["up_to_base"] = False if is_bounded else None
     check_one_result(settings["out"], settings["in_place"], leave_others=settings["leave_others"])
     _check_apart(settings)
     rules, mus, alphas, out = (settings.pop(name) for name in ("rules", "mus", "alphas", "out"))
     curves = {"rule": rules, "mu": mus, "alpha": _alphas(rules, alphas)}
     record = record_beside(settings["model"] if out is None else out)
     return settings | curves | {"checkpoint": out, "out": record}
-
-
-def _differ(base: Any, model: Any) -> bool:
-    """Whether these are two directories; what is no path is refused later."""
-    try:
-        return not is_same(base, model)
-    except (TypeError, ValueError):
-        return True
 
 
 def _check_apart(settings: Mapping[str, Any]) -> None:

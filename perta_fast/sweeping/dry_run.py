@@ -28,7 +28,7 @@ def preview_sweep(arguments: Mapping[str, Any], conditions: "Conditions", world:
     request = Request.of(arguments)
     request.check_arguments()
     opened = OpenedSweep.open(request.located(arguments["download"]), False, today())
-    _check_places(opened)
+    _check_places(opened, world)
     # Imported late: what is wrong so far was said without waiting for torch.
     from perta_fast.streaming.forecast.forecast import Forecast
     from perta_fast.sweeping.walk_costs import walks
@@ -36,7 +36,7 @@ def preview_sweep(arguments: Mapping[str, Any], conditions: "Conditions", world:
     return Forecast.joined(walks(opened, conditions, world))
 
 
-def _check_places(opened: OpenedSweep) -> None:
+def _check_places(opened: OpenedSweep, processes: int) -> None:
     """Raise InputError if the sweep could not write its record or its result; one that goes on has its places."""
     request = opened.request
     final = Path(os.path.realpath(str(request.out)))
@@ -44,9 +44,11 @@ def _check_places(opened: OpenedSweep) -> None:
     if begun is not None:
         begun.check_request(request, final)
         check_unchanged(begun.inputs, opened.state_of_inputs())
+        begun.check_processes(processes, final)
     overwrite = (request if begun is None else begun.request).overwrite
     OutputDirectory(final, overwrite=overwrite, inputs=opened.paths(), resume=begun is not None)
     if begun is None:
         check_places(request, final)
         check_result(opened)
         check_kept(opened)
+        opened.check_base()

@@ -28,7 +28,7 @@ from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
 from perta_fast.rules import PRECONDITIONED, Estimator, Place, Rule, resolved_at
 from perta_fast.runs.precondition import check_tuned
-from perta_fast.scoring.base_loss import not_scored
+from perta_fast.scoring.base_loss import BOUND_ALONE, not_scored
 from perta_fast.scoring.importances import Importances, importances_in
 from perta_fast.scoring.scored_data import read_scored
 from perta_fast.scoring.setting import ScoredSetting
@@ -104,8 +104,6 @@ class OpenedSweep:
         )
         for path in opened_sweep.loaded:
             check_configured(path)
-        if request.up_to_base:
-            opened_sweep.check_base()
         for opened in (sources, *given.values()):  # which reads weights: after the data, which needs no NumPy
             check_task_vector(opened)
         return opened_sweep
@@ -117,13 +115,12 @@ class OpenedSweep:
         return [self.sources.model.path, *at, *([] if self.gold is None else [self.gold.path])]
 
     def check_base(self) -> None:
-        """Raise InputError if files show that the loss of base cannot be a limit."""
+        """Raise InputError if files show that the loss of base is to be a limit, and cannot be."""
         path = self.sources.base.path
+        if not self.request.up_to_base:
+            return
         if is_same(path, self.sources.model.path):
-            raise InputError(
-                f"‹up_to_base›: {path} is base and model, so its loss is no limit. Give a bound on the retain loss "
-                "alone, such as ‹max_retain_rise›"
-            )
+            raise InputError(f"{path}: is both base and model, so its loss is no limit. {BOUND_ALONE}")
         try:
             check_configured(path)
         except InputError as error:
@@ -173,6 +170,8 @@ class OpenedSweep:
             states |= shard_states(directory)
         if self.gold is not None:
             states |= input_files(self.gold)
+        if self.request.up_to_base:
+            states |= input_files(self.sources.base)
         beside = {
             path
             for sources in (self.sources, *self.given.values())

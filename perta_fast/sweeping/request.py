@@ -14,6 +14,7 @@ from perta_fast.data.given import is_given
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model, path_text
+from perta_fast.files.identity import is_same
 from perta_fast.files.reading import absolute, checked_path
 from perta_fast.importance.kept_form import KeptForm
 from perta_fast.records.declared import declared
@@ -86,7 +87,7 @@ class Request:
     importance_dtype: str | None = None
     save_tuned: str | None = None
     check: bool = False
-    up_to_base: bool = False
+    up_to_base: bool | None = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -123,6 +124,8 @@ class Request:
         for name in _DATA:
             path = getattr(self, name)
             changes[name] = path if path is None or is_given(path) else absolute(local_data(path, download))
+        if self.up_to_base is None:
+            changes["up_to_base"] = not is_same(changes["base"], changes["model"])
         return replace(self, **changes, also=[absolute(local_data(path, download)) for path in self.also])
 
     @property

@@ -164,13 +164,13 @@ class Sweep:
         what = "nothing that was tried keeps the bound"
         if not math.isfinite(beyond):
             return f"{what}: at every strength the losses are no longer finite; try smaller ones"
-        if not nearest.keeps(Limits(self.limit, self.floor)):
-            broken = f"retain {self.metric} is {beyond:.4g} too low"
-            if self.limit is not None:
-                broken = f"retain loss is {nearest.retain_loss - self.limit:.4g} too high"
-        else:
-            broken = f"forget loss is {beyond:.4g} above that of base"
-        return f"{what}; nearest to it is {self.label(nearest)}, lambda {nearest.lam!r}, whose {broken}"
+        broken = {
+            "retain loss is {:.4g} too high": nearest.excess(Limits(self.limit)),
+            f"retain {self.metric} is {{:.4g}} too low": nearest.excess(Limits(retain=self.floor)),
+            "forget loss is {:.4g} above that of base": nearest.excess(Limits(forget_loss=self.forget_limit)),
+        }
+        named = " and ".join(text.format(excess) for text, excess in broken.items() if excess > 0)
+        return f"{what}; nearest to it is {self.label(nearest)}, lambda {nearest.lam!r}, whose {named}"
 
     def _largest(self, curve: list[ScoredSetting]) -> ScoredSetting:
         """The largest measured strength that keeps the bound, 0 among them."""

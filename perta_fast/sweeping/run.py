@@ -68,7 +68,7 @@ def sweep(
     max_retain_rise: float | None = None,
     max_retain_increase: float | None = None,
     retain_floor: float | None = None,
-    up_to_base: bool = False,
+    up_to_base: bool | None = False,
     rule: AnyRule | Sequence[AnyRule] = PRECONDITIONED,
     mu: float | Sequence[float] | None = None,
     p: float | Sequence[float] | None = None,
@@ -121,7 +121,7 @@ def sweep(
     lams: different strengths, tried in rising order; None searches for the largest within the bound.
     target_retain_loss, max_retain_rise, max_retain_increase, retain_floor: the bound; give at most one. The largest
     retain loss in nats, or in nats or percent above that at lam 0, or the smallest retain ``metric``. up_to_base:
-    beside it, a forget loss of at most that of ``base``, which has not seen these rows.
+    beside it, a forget loss of at most that of ``base``, which has not seen these rows; None: unless it is ``model``.
     metric: what settings are chosen by: loss, Q_A_Prob, Q_A_ROUGE, extraction_strength, exact_memorization.
     select: "best-forget" chooses what has forgotten most within the bound, "closest" what is nearest to ``gold`` in
     both metrics. None: best-forget if there is a bound (after a search, among each curve's largest lam), else none.
@@ -214,6 +214,7 @@ def _run(
     if request.out is None:
         check_places(request, None)
         check_kept(opened)
+        opened.check_base()
         return _score_without_out(opened, begun)
     with ranks.together("the unfinished sweep"):
         check_name(request.out)
@@ -247,8 +248,8 @@ def _run(
     if request.makes_result and not sweep.has_choice:
         what = f"{request.checkpoint}: not written" if not request.in_place else f"{request.model}: not changed"
         nearest = sweep.nearest()
-        reason = f"{nearest}. Try" if nearest else "no setting is better than the model as it is; try"
-        raise RunError(f"{what}: {reason} other strengths, or allow more. What was scored is in {final}")
+        reason = nearest or "no setting is better than the model as it is"
+        raise RunError(f"{what}: {reason}. Try other strengths, or another bound. What was scored is in {final}")
     return sweep
 
 
@@ -269,17 +270,14 @@ def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> B
         if earlier.request.overwrite and not request.overwrite:
             check_replaced(earlier.request, final)
         check_unchanged(earlier.inputs, begun.inputs)
-        if earlier.processes != begun.processes:
-            raise InputError(
-                f"{final}: the sweep was begun by {earlier.processes} processes, this is a run of {begun.processes}; "
-                f"finish it with: {earlier.going_on(final)}"
-            )
+        earlier.check_processes(begun.processes, final)
         return earlier
     if not request.overwrite and has_begun(final):
         raise InputError(unfinished_advice(final))
     check_places(request, final)
     check_result(opened)
     check_kept(opened)
+    opened.check_base()
     return None
 
 

@@ -136,6 +136,14 @@ class Begun:
             )
         raise InputError(unfinished_advice(final))
 
+    def check_processes(self, count: int, final: Path) -> None:
+        """Raise InputError unless as many processes began this sweep to ``final``."""
+        if self.processes != count:
+            raise InputError(
+                f"{final}: the sweep was begun by {self.processes} processes, this is a run of {count}; finish it "
+                f"with: {self.going_on(final)}"
+            )
+
     def check_record(self, target: OutputDirectory) -> None:
         """Raise RunError unless ``target``, which is locked, still has the record that this was loaded from."""
         there = has_record(target.final, STATE)

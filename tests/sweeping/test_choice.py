@@ -240,6 +240,11 @@ def test_what_is_said_of_a_search_up_to_the_base() -> None:
         "nothing that was tried keeps the bound; nearest to it is tv, lambda 1.0, whose forget loss is 0.5 above that "
         "of base"
     ]
+    worse = table(row(1.0, 2.5, 0.7), select="best-forget", **limits)
+    assert worse.nearest().endswith("whose retain loss is 0.2 too high and forget loss is 0.5 above that of base")
+    rates = {"metric": "Q_A_Prob", "floor": 0.5, "forget_limit": 2.0, "select": "best-forget"}
+    low = table(row(1.0, 9.0, 0.7, forget=0.1, retain=0.3), **rates)
+    assert low.nearest().endswith("whose retain Q_A_Prob is 0.2 too low and forget loss is 7 above that of base")
 
 
 LOSSES = st.floats(0, 20) | st.just(math.inf)

@@ -131,7 +131,7 @@ def given_to_sweep(monkeypatch: pytest.MonkeyPatch, **chosen: Any) -> dict[str, 
 def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     found = given_to_sweep(monkeypatch)
     assert (found["rule"], found["mu"], found["alpha"], found["lams"]) == ("preconditioned", None, 1.0, None)
-    assert (found["max_retain_rise"], found["max_retain_increase"], found["up_to_base"]) == (0.05, None, True)
+    assert (found["max_retain_rise"], found["max_retain_increase"], found["up_to_base"]) == (0.05, None, None)
     assert (found["checkpoint"], found["out"]) == ("there/out", Path("there/out.sweep").absolute())
     assert found["made"] == Path("there/out")
     weighed = given_to_sweep(monkeypatch, rules=["tv", "grad"], target_retain_loss=1, in_place=True)

@@ -4,18 +4,18 @@ import math
 import re
 import shutil
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from perta_fast import InputError, Interrupted, Report, Sweep, choose, cli, resume, sweep
+from perta_fast import InputError, Interrupted, Report, RunError, Sweep, choose, cli, resume, sweep
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.streaming.forward import score_walk
 from perta_fast.sweeping import streamed, walk_plan
-from perta_fast.sweeping.choose import as_sweep
 from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.walked_model import WalkedModel
 from tests.support.models import Job, write_job, write_learnt_job
@@ -97,18 +97,18 @@ def test_base_knows_no_less(stream: bool, other: Job, tmp_path: Path) -> None:
 def test_base_is_the_model(stream: bool, other: Job, tmp_path: Path) -> None:
     """To ask for it is a mistake; without a bound, only that on the retain loss is left."""
     job = replace(other, base=other.model)
-    refused = f"up_to_base: {other.model} is base and model, so its loss is no limit. Give a bound on the retain loss"
+    refused = f"{other.model}: is both base and model, so its loss is no limit. Give a bound on what is retained, such"
     with pytest.raises(InputError, match=re.escape(refused)):
         measured(job, tmp_path / "out", lams=[1], stream=stream)
     with pytest.raises(InputError, match=re.escape(refused)):
         run(job, tmp_path / "out", lams=[1], stream=stream, up_to_base=True)
     assert list(tmp_path.iterdir()) == []
-    asked = as_sweep(signature_defaults() | {"model": job.model, "base": job.base, "out": tmp_path / "out"})
-    assert (asked["up_to_base"], asked["max_retain_rise"]) == (False, 0.05)
-
-
-def signature_defaults() -> dict[str, Any]:
-    return {name: parameter.default for name, parameter in signature(choose).parameters.items()}
+    link = tmp_path / "link"
+    link.symlink_to(other.model)
+    with pytest.raises(RunError, match="no setting is better than the model as it is. Try other strengths, or another"):
+        run(replace(job, base=link), tmp_path / "out", lams=[2**-6], stream=stream)
+    found = Sweep.read(tmp_path / "out.sweep" / "sweep.json")
+    assert found.settings["up_to_base"] is False and found.settings["max_retain_rise"] == 0.05
 
 
 @pytest.mark.parametrize("dry_run", [["--dry-run"], []])
@@ -121,9 +121,10 @@ def test_base_does_not_know_all_tokens(
     for stream in [["--stream"]] if dry_run else [["--stream"], []]:
         assert cli.main(command(job, *stream, *how)) == 2
         err = capsys.readouterr().err
-        assert f"error: {small.base}: base cannot be scored on the forget data, beyond whose loss nothing more" in err
+        assert f"error: {small.base}: base cannot be scored on the forget data (" in err
         assert "the model knows those below 40" in err
-        assert err.endswith("Give a bound on the retain loss alone, such as --choose max-retain-rise\n")
+        said = "Give a bound on what is retained, such as --choose max-retain-rise, without --choose up-to-base\n"
+        assert err.endswith(f"?). {said}")
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
@@ -132,7 +133,7 @@ def test_base_has_no_configuration(stream: bool, learnt: Job, tmp_path: Path) ->
     """Which its files show before a model is loaded."""
     base = Path(shutil.copytree(learnt.base, tmp_path / "base"))
     (base / "config.json").unlink()
-    with pytest.raises(InputError, match=r"base cannot be scored on the forget data.* has no config.json"):
+    with pytest.raises(InputError, match=r"base cannot be scored on the forget data .* has no config.json"):
         run(replace(learnt, base=base), tmp_path / "out", stream=stream, lams=[1])
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -141,7 +142,7 @@ def test_base_has_no_configuration(stream: bool, learnt: Job, tmp_path: Path) ->
 def test_base_is_not_finite(stream: bool, learnt: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScoredModel, "loss", lambda *_: math.nan)
     monkeypatch.setattr(WalkedModel, "forget_loss", lambda *_: math.inf)
-    with pytest.raises(InputError, match=r"base cannot be scored on the forget data.*: its loss is not finite"):
+    with pytest.raises(InputError, match=r"base cannot be scored on the forget data \(its loss is not finite\)\. Give"):
         measured(learnt, tmp_path / "out", lams=[1], stream=stream)
     assert list(tmp_path.iterdir()) == []
 
@@ -253,7 +254,7 @@ def test_the_command(learnt: Job, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_dry_run_says_that_a_stopped_sweep_cannot_go_on(
     learnt: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its data has changed."""
+    """Its data, or the configuration of a base whose task vector an adapter holds, has changed."""
     forget = Path(shutil.copy(learnt.forget, tmp_path))
     arguments = command(replace(learnt, forget=forget), "--stream", "--rule", "tv", "--choose", "up-to-base")
     with monkeypatch.context() as patched:
@@ -265,6 +266,28 @@ def test_a_dry_run_says_that_a_stopped_sweep_cannot_go_on(
     for dry_run in (["--dry-run"], []):
         assert cli.main([*arguments, "--out", str(tmp_path / "out"), *dry_run]) == 2
         assert f"{forget}: has changed since the sweep began" in capsys.readouterr().err
+
+
+@BOTH
+def test_a_base_that_has_changed(stream: bool, learnt: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which only the loss is used, since an adapter holds the task vector."""
+    base = Path(shutil.copytree(learnt.base, tmp_path / "base"))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+    job = replace(learnt, base=base, tuned=tmp_path / "adapter")
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed, "keep_vectors", _stop)
+        patched.setattr("perta_fast.sweeping.measuring.measure_in_a_walk", _stop)
+        with pytest.raises(Interrupted):
+            measured(job, tmp_path / "out", lams=[1], stream=stream)
+    config = base / "config.json"
+    content = config.read_text()
+    config.write_text(content.replace("{", '{"rms_norm_eps": 0.01,', 1))
+    with pytest.raises(InputError, match=r"base/config\.json: has changed since the sweep began"):
+        measured(job, tmp_path / "out", lams=[1], stream=stream)
+    config.unlink()
+    with pytest.raises(InputError, match=r"base/config\.json: .* since the sweep began"):
+        resume(tmp_path / "out", progress=False)
 
 
 def test_a_bound_is_needed(learnt: Job, tmp_path: Path) -> None:
