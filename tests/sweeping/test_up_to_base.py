@@ -105,7 +105,7 @@ def test_base_is_the_model(stream: bool, other: Job, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     link = tmp_path / "link"
     link.symlink_to(other.model)
-    with pytest.raises(RunError, match="no setting is better than the model as it is. Try other strengths, or another"):
+    with pytest.raises(RunError, match="no setting is better than the model as it is"):
         run(replace(job, base=link), tmp_path / "out", lams=[2**-6], stream=stream)
     found = Sweep.read(tmp_path / "out.sweep" / "sweep.json")
     assert found.settings["up_to_base"] is False and found.settings["max_retain_rise"] == 0.05
