@@ -125,7 +125,7 @@ class Request:
             path = getattr(self, name)
             changes[name] = path if path is None or is_given(path) else absolute(local_data(path, download))
         if self.up_to_base is None:
-            changes["up_to_base"] = not is_same(changes["base"], changes["model"])
+            changes["up_to_base"] = self.is_bounded and not is_same(changes["base"], changes["model"])
         return replace(self, **changes, also=[absolute(local_data(path, download)) for path in self.also])
 
     @property

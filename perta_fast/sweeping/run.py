@@ -121,7 +121,8 @@ def sweep(
     lams: different strengths, tried in rising order; None searches for the largest within the bound.
     target_retain_loss, max_retain_rise, max_retain_increase, retain_floor: the bound; give at most one. The largest
     retain loss in nats, or in nats or percent above that at lam 0, or the smallest retain ``metric``. up_to_base:
-    beside it, a forget loss of at most that of ``base``, which has not seen these rows; None: unless it is ``model``.
+    beside it, a forget loss of at most that of ``base``, which has not seen these rows; None: where there
+    is a bound, unless base is ``model``.
     metric: what settings are chosen by: loss, Q_A_Prob, Q_A_ROUGE, extraction_strength, exact_memorization.
     select: "best-forget" chooses what has forgotten most within the bound, "closest" what is nearest to ``gold`` in
     both metrics. None: best-forget if there is a bound (after a search, among each curve's largest lam), else none.

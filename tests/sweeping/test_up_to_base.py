@@ -109,6 +109,8 @@ def test_base_is_the_model(stream: bool, other: Job, tmp_path: Path) -> None:
         run(replace(job, base=link), tmp_path / "out", lams=[2**-6], stream=stream)
     found = Sweep.read(tmp_path / "out.sweep" / "sweep.json")
     assert found.settings["up_to_base"] is False and found.settings["max_retain_rise"] == 0.05
+    free = measured(other, tmp_path / "free", lams=[1], stream=stream, max_retain_rise=None, up_to_base=None)
+    assert free.settings["up_to_base"] is False and free.forget_limit is None
 
 
 @pytest.mark.parametrize("dry_run", [["--dry-run"], []])
@@ -254,7 +256,7 @@ def test_the_command(learnt: Job, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_dry_run_says_that_a_stopped_sweep_cannot_go_on(
     learnt: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its data, or the configuration of a base whose task vector an adapter holds, has changed."""
+    """Its data has changed."""
     forget = Path(shutil.copy(learnt.forget, tmp_path))
     arguments = command(replace(learnt, forget=forget), "--stream", "--rule", "tv", "--choose", "up-to-base")
     with monkeypatch.context() as patched:
@@ -270,7 +272,7 @@ def test_a_dry_run_says_that_a_stopped_sweep_cannot_go_on(
 
 @BOTH
 def test_a_base_that_has_changed(stream: bool, learnt: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which only the loss is used, since an adapter holds the task vector."""
+    """Its configuration, where only its loss is used, since an adapter holds the task vector."""
     base = Path(shutil.copytree(learnt.base, tmp_path / "base"))
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
