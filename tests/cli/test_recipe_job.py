@@ -409,7 +409,7 @@ def test_a_sweep_without_a_choice_is_not_done(home: Path, capsys: pytest.Capture
         SHARED + SWEEP.replace("0.5,1", "9999").replace("  out", "  max-retain-rise: 1e-9\n  in-place: true\n  out")
     )
     assert run("recipe", "run", path) == 1
-    assert "not changed: no setting is better than the model as it is" in capsys.readouterr().err
+    assert "not changed: nothing that was tried keeps the bound; nearest to it is" in capsys.readouterr().err
     said = f"{path}, sweep: {home / 'settings'}: is there, and has no setting that could be taken; choose another out"
     assert refusal(capsys, "recipe", "run", path).startswith(said)
     assert run("recipe", "run", path, "--overwrite") == 1
